@@ -1,0 +1,1 @@
+"""One module per host; each imports its host, and only its host."""

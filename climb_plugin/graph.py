@@ -1,0 +1,63 @@
+"""Finds what was tied to the autograd graph of a value.
+
+A posterior lives exactly as long as the graph of the sample that was drawn from it, and counts
+in a loss exactly when that loss depends on the sample. So nothing has to be cleared: a forward
+whose output goes nowhere leaves nothing behind, the second run of a checkpointed forward never
+reaches the loss, and a script that calls its criterion once per view counts each view once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+_KEY = "climb_plugin"
+
+
+def tie(item: object, *, to: Tensor) -> None:
+    """Makes the autograd node of ``to`` hold ``item``.
+
+    Args:
+        item: What :func:`tied` shall find.
+        to: A tensor with a ``grad_fn``.
+
+    Raises:
+        ValueError: If ``to`` has no ``grad_fn``.
+    """
+    if to.grad_fn is None:
+        raise ValueError("the tensor has no grad_fn, so nothing can be tied to its graph.")
+    to.grad_fn.metadata[_KEY] = item
+
+
+def tied(value: Tensor) -> list[Any]:
+    """What was tied to the nodes that ``value`` depends on, in no particular order.
+
+    The search does not go beyond a node that holds something.
+
+    Args:
+        value: A tensor; without a ``grad_fn`` it depends on nothing.
+
+    Examples:
+        >>> import torch
+        >>> sample = 2 * torch.ones(3, requires_grad=True)
+        >>> tie("posterior", to=sample)
+        >>> tied(sample.sum()), tied(sample.detach().sum())
+        (['posterior'], [])
+    """
+    found = []
+    stack = [value.grad_fn]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        item = node.metadata.get(_KEY)
+        if item is not None:
+            found.append(item)
+            continue
+        for parent, _ in node.next_functions:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return found

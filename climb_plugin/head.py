@@ -1,0 +1,237 @@
+"""The Gaussian head: an embedding in, a sample out."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from climb_plugin.gaussian import bound_logvar, reparameterize, unbound_logvar
+from climb_plugin.graph import tie
+from climb_plugin.noise import NoiseStream
+
+# How many forward calls back a checkpointed forward can be recognised when it runs again.
+_REPLAYABLE_CALLS = 256
+
+
+class Posterior(NamedTuple):
+    """p(z | v) of a batch of views: N(mean, exp(logvar)), each of shape (..., B, D)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+
+class Record(NamedTuple):
+    """A posterior, the head that made it, and the number of its forward call."""
+
+    head: GaussianHead
+    call: int
+    posterior: Posterior
+
+
+class GaussianHead(nn.Module):
+    """Turns an embedding into a sample of a Gaussian whose variance is learned.
+
+    In training it returns a sample, in ``eval()`` the mean. Its statistics are computed in
+    float32 outside autocast (float64 stays float64); what it returns has the dtype of the
+    embedding. :class:`~climb_plugin.loss.ClimbLoss` finds the posteriors of the samples that
+    its base loss depends on; nothing has to be passed along or cleared.
+
+    ``GaussianHead(dim)`` takes the embedding as the mean, so the wrapped model computes what it
+    did before, up to noise of ``init_std``. ``GaussianHead(in_features, out_features)`` learns
+    a linear mean. Both learn the log-variance as a linear function of the embedding.
+
+    Args:
+        in_features: Width of the embedding.
+        out_features: Width of the sample. None: the embedding itself is the mean.
+        init_std: Standard deviation at the start, in units of the embedding.
+        seed: Seed of the noise; None: ``torch.initial_seed()``. Two heads of one model want
+            different seeds. The noise does not touch torch's own random numbers.
+
+    Raises:
+        ValueError: If a width is not positive or ``init_std`` is out of range.
+
+    Shape:
+        Input (..., B, in_features), output (..., B, out_features).
+
+    Source: Alemi et al., Deep Variational Information Bottleneck, 2017. Where the Gaussian sits
+    and how its variance is bounded are choices of this package, not of the CLIMB paper.
+
+    Examples:
+        >>> head = GaussianHead(256)
+        >>> embedding = torch.randn(8, 256)
+        >>> head(embedding).shape
+        torch.Size([8, 256])
+        >>> torch.equal(head.eval()(embedding), embedding)
+        True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        init_std: float = 0.1,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, width in (("in_features", in_features), ("out_features", out_features)):
+            if width is not None and (not isinstance(width, int) or width < 1):
+                raise ValueError(f"{name} must be a positive integer, got {width!r}.")
+        if not (math.isfinite(init_std) and init_std > 0):
+            raise ValueError(f"init_std must be a positive number, got {init_std!r}.")
+        self.in_features = in_features
+        self.out_features = in_features if out_features is None else out_features
+        self.init_std = init_std
+        self.mean = None if out_features is None else nn.Linear(in_features, out_features)
+        # Not initialised at random: the host's random numbers stay where they were.
+        self.logvar = nn.utils.skip_init(nn.Linear, in_features, self.out_features)
+        nn.init.zeros_(self.logvar.weight)
+        nn.init.constant_(self.logvar.bias, unbound_logvar(2 * math.log(init_std)))
+        self.noise = NoiseStream(seed=torch.initial_seed() if seed is None else seed)
+        self._calls: deque[tuple[int, Tensor]] = deque(maxlen=_REPLAYABLE_CALLS)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """A sample of the posterior in training, its mean in ``eval()``."""
+        if self.training:
+            return self._sample(embedding)
+        return self.embed(embedding)
+
+    def embed(self, embedding: Tensor) -> Tensor:
+        """The mean of the posterior, in the dtype of ``embedding``."""
+        self._check(embedding)
+        if self.mean is None:
+            return embedding
+        with _no_autocast(embedding):
+            return _linear(self.mean, _wide(embedding)).to(embedding.dtype)
+
+    def posterior(self, embedding: Tensor) -> Posterior:
+        """Mean and log-variance, in float32 or float64; draws nothing.
+
+        Args:
+            embedding: Of shape (..., B, in_features).
+
+        Raises:
+            TypeError: If ``embedding`` is not a floating-point tensor.
+            ValueError: If its shape does not fit.
+        """
+        self._check(embedding)
+        with _no_autocast(embedding):
+            wide = _wide(embedding)
+            mean = wide if self.mean is None else _linear(self.mean, wide)
+            return Posterior(mean, bound_logvar(_linear(self.logvar, wide)))
+
+    def teacher(self) -> TeacherHead:
+        """A head of the same layout and values for an EMA teacher: frozen, passes on the mean."""
+        with torch.random.fork_rng(devices=[]):
+            teacher = TeacherHead(
+                self.in_features,
+                None if self.mean is None else self.out_features,
+                init_std=self.init_std,
+                seed=self.noise.seed,
+            )
+        teacher.to(self.logvar.weight.device, self.logvar.weight.dtype)
+        teacher.load_state_dict(self.state_dict())
+        return teacher.requires_grad_(False)
+
+    # The generator and the graph's metadata are Python objects: the compiler steps around them.
+    @torch.compiler.disable
+    def _sample(self, embedding: Tensor) -> Tensor:
+        posterior = self.posterior(embedding)
+        if embedding.numel() == 0:
+            raise ValueError(
+                f"GaussianHead cannot sample for an empty batch, got shape "
+                f"{tuple(embedding.shape)}: skip the step or use drop_last=True."
+            )
+        call = self._replayed_call(embedding)
+        if call is None:
+            call = self.noise.drawn
+            generator = self.noise.next(embedding.device)
+            self._calls.append((call, _fingerprint(embedding)))
+        else:
+            generator = self.noise.at(call, embedding.device)
+        sample = reparameterize(*posterior, generator=generator)
+        if sample.grad_fn is not None:
+            tie(Record(self, call, posterior), to=sample)
+        return sample.to(embedding.dtype)
+
+    def _replayed_call(self, embedding: Tensor) -> int | None:
+        """The call that activation checkpointing is running again, if it is.
+
+        A second run needs the noise of the first, or the gradient is that of another sample.
+        """
+        if not _in_backward():
+            return None
+        fingerprint = _fingerprint(embedding)
+        for call, known in reversed(self._calls):
+            if known.shape == fingerprint.shape and torch.equal(known, fingerprint):
+                return call
+        raise RuntimeError(
+            "a checkpointed forward ran again with another embedding than the first time, so its "
+            "noise cannot be reproduced: make what is checkpointed deterministic, or keep the "
+            "GaussianHead out of it."
+        )
+
+    def _check(self, embedding: Tensor) -> None:
+        if not isinstance(embedding, Tensor) or not embedding.is_floating_point():
+            received = getattr(embedding, "dtype", type(embedding).__name__)
+            raise TypeError(f"GaussianHead takes floating-point embeddings, got {received}.")
+        if embedding.ndim < 2 or embedding.shape[-1] != self.in_features:
+            raise ValueError(
+                f"GaussianHead({self.in_features}) takes embeddings of shape "
+                f"(..., B, {self.in_features}), got {tuple(embedding.shape)}."
+            )
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"{self.in_features}, {self.out_features}, init_std={self.init_std}"
+
+    def get_extra_state(self) -> Tensor:
+        """The state of the noise, so that a resumed run draws what it would have drawn."""
+        # Two 63-bit halves would do; four 32-bit words hold any unsigned 64-bit seed.
+        numbers = (self.noise.seed, self.noise.drawn)
+        return torch.tensor([word for n in numbers for word in divmod(n, 1 << 32)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restores what :meth:`get_extra_state` returned."""
+        seed_high, seed_low, drawn_high, drawn_low = state.tolist()
+        self.noise.seed = (seed_high << 32) + seed_low
+        self.noise.drawn = (drawn_high << 32) + drawn_low
+
+    def __getstate__(self) -> dict[str, object]:
+        # What only a running backward needs is neither copied nor saved.
+        return {**self.__dict__, "_calls": deque(maxlen=_REPLAYABLE_CALLS)}
+
+
+class TeacherHead(GaussianHead):
+    """The head of an EMA teacher: parameters like the student's, but it passes on the mean."""
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """The mean of the posterior, in training too."""
+        return self.embed(embedding)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _linear(layer: nn.Linear, wide: Tensor) -> Tensor:
+    return F.linear(wide, layer.weight.to(wide.dtype), layer.bias.to(wide.dtype))
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+def _fingerprint(embedding: Tensor) -> Tensor:
+    """The first row: enough to tell the views of a step apart, and small."""
+    return embedding.detach().flatten(0, -2)[0].clone()
+
+
+def _in_backward() -> bool:
+    # What torch.utils.checkpoint itself asks; there is no public name for it.
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,379 @@
+"""Any base loss plus the bottleneck."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from climb_plugin.finite import FiniteCheck
+from climb_plugin.gaussian import conditional_entropy
+from climb_plugin.graph import tied
+from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead
+from climb_plugin.prior import make_prior, sample_mean
+from climb_plugin.schedule import Constant, Schedule, as_schedule, checked_beta
+
+_METADATA = "climb"
+_MODULE_SLOTS = frozenset({"base", "climb_priors"})
+
+
+class ClimbTerms(NamedTuple):
+    """The terms of the last step, detached scalars.
+
+    Attributes:
+        total: What the loss returned: base + beta * (rate + alpha * entropy).
+        base: The value of the base loss, in its own unit.
+        rate: Nats, summed over dimensions, averaged over samples and views; NaN where no
+            posterior was involved (beta 0 without heads, evaluation).
+        entropy: The conditional entropy H(z | v), in nats, likewise.
+        beta: The weight that was in force.
+    """
+
+    total: Tensor
+    base: Tensor
+    rate: Tensor
+    entropy: Tensor
+    beta: Tensor
+
+
+class ClimbLoss(nn.Module):
+    """``base + beta * (rate + alpha * entropy)``, called exactly like ``base``.
+
+    Every call adds the terms of the posteriors that the value of the base loss depends on. So a
+    criterion that is called once per view and averaged adds the rate once, an output that is
+    not used adds nothing, and a teacher's detached output adds nothing.
+
+    Under ``torch.no_grad()``, or with every head in ``eval()``, it is the base loss alone.
+    Attributes of the base (``center``, ``teacher_temp``, ...) are read and set through it, and
+    their state dicts are interchangeable: its keys are those of the base (plus the parameters
+    of a learned prior), and the step of the schedule travels in the metadata.
+
+    Args:
+        base: A loss: any callable or module that returns a scalar tensor.
+        heads: The head, or the heads, whose samples the loss is computed from; the rates of
+            several heads add up.
+        beta: Weight of the bottleneck in units of the base loss per nat: a number, or a
+            schedule over optimiser steps (:mod:`climb_plugin.schedule`).
+        alpha: Weight of the conditional entropy. 0: information bottleneck. 1: the whole bound
+            on the entropy H(z).
+        prior: ``"standard"`` N(0, I), ``"learned"`` (a diagonal Gaussian, whose parameters belong
+            to this loss: give them to the optimiser) or ``"view"`` (the posteriors of the other
+            views of the same image; one forward call of the head per view).
+
+    Raises:
+        TypeError: If ``base`` is not callable or ``heads`` are not heads.
+        ValueError: If beta or alpha is negative or not finite, if the prior is unknown, or if
+            there is no head while beta is not 0.
+
+    Source: the objective reads Li et al., Contrastive Learning via Variational Information
+    Bottleneck, TPAMI 47(9), 2025 (of which only the abstract was at hand) with the bound of
+    Alemi et al., Deep Variational Information Bottleneck, 2017; Prior, place and
+    beta are choices of this package, not the paper's.
+
+    Examples:
+        >>> head = GaussianHead(8)
+        >>> loss = ClimbLoss(nn.functional.mse_loss, heads=head, beta=1e-3)
+        >>> loss(head(torch.zeros(4, 8)), torch.zeros(4, 8)).requires_grad
+        True
+        >>> loss.terms._fields
+        ('total', 'base', 'rate', 'entropy', 'beta')
+    """
+
+    def __init__(
+        self,
+        base: Callable[..., Tensor],
+        *,
+        heads: GaussianHead | Sequence[GaussianHead],
+        beta: float | Schedule,
+        alpha: float = 0.0,
+        prior: str = "standard",
+    ) -> None:
+        super().__init__()
+        if not callable(base):
+            raise TypeError(f"base must be a loss that can be called, got {base!r}.")
+        self._heads = _checked_heads(heads)
+        self.schedule = as_schedule(beta)
+        if not self._heads and beta != 0:
+            raise ValueError(
+                f"beta={beta} has nothing to act on: heads is empty. Pass the GaussianHead that "
+                "is in the model."
+            )
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise TypeError(f"alpha must be a number, got {alpha!r}.")
+        if not (math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"alpha must be finite and not negative, got {alpha}.")
+        self.alpha = float(alpha)
+        self.prior = prior
+        self.climb_priors = nn.ModuleList(
+            make_prior(prior, head.out_features) for head in self._heads
+        )
+        if any(True for _ in self.climb_priors.parameters()):
+            warnings.warn(
+                f"prior={prior!r} is learned and its parameters belong to the loss: add "
+                "list(loss.parameters()) to the optimiser, or it stays at N(0, I).",
+                stacklevel=2,
+            )
+        self._step = 0
+        self._terms: ClimbTerms | None = None
+        self._finite = FiniteCheck()
+        self.base = base
+        self._register_state_dict_hook(_save_as_base)
+        self._register_load_state_dict_pre_hook(_load_from_base, with_module=True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base loss of these arguments, passed on verbatim, plus the bottleneck.
+
+        Returns:
+            A scalar tensor.
+
+        Raises:
+            RuntimeError: If a head is in training, but the base loss depends on none of its
+                samples.
+            TypeError: If the base loss returns no tensor.
+            ValueError: If the base loss returns more than a scalar; if ``prior="view"`` finds
+                views that do not pair up; if a term is NaN or infinite: the message
+                names it. On CUDA that comes a step or so late, because the check does not wait
+                for the device.
+        """
+        base = _checked_scalar(self.base(*args, **kwargs))
+        beta = self.beta
+        calls = self._posteriors(base)
+        if not calls:
+            nan = base.new_full((), math.nan)
+            self._terms = _detached(base, base, nan, nan, beta)
+            return base
+        # One sum over heads: each head is a code of its own, and what they carry adds up.
+        rate = torch.stack(
+            [prior(views) for prior, views in zip(self.climb_priors, calls, strict=True)]
+        ).sum()
+        entropy = torch.stack(
+            [sample_mean([conditional_entropy(*view) for view in views]) for views in calls]
+        ).sum()
+        penalty = rate + self.alpha * entropy if self.alpha else rate
+        self._check_finite(base, rate, entropy, calls)
+        if penalty.requires_grad:
+            penalty.register_hook(_StepDone(self))
+        total = base + beta * penalty
+        self._terms = _detached(total, base, rate, entropy, beta)
+        return total
+
+    @property
+    def heads(self) -> tuple[GaussianHead, ...]:
+        """The heads; they belong to the model."""
+        return self._heads
+
+    @property
+    def terms(self) -> ClimbTerms:
+        """The terms of the last call, detached.
+
+        Raises:
+            RuntimeError: If the loss has not been called yet.
+        """
+        if self._terms is None:
+            raise RuntimeError("there are no terms yet: call the loss first.")
+        return self._terms
+
+    @property
+    def beta(self) -> float:
+        """The weight of the bottleneck at the current step."""
+        return checked_beta("the schedule's beta", self.schedule(self._step))
+
+    @property
+    def step(self) -> int:
+        """The current optimiser step: the number of backward passes through this loss so far."""
+        return self._step
+
+    def set_step(self, step: int) -> None:
+        """Says which optimiser step comes next, where it is not the number of backward passes.
+
+        With gradient accumulation, call it before each loss with the number of optimiser steps
+        done.
+
+        Raises:
+            ValueError: If ``step`` is not an int of 0 or more.
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be an int of 0 or more, got {step!r}.")
+        self._step = step
+
+    def _posteriors(self, base: Tensor) -> list[list[Posterior]]:
+        """For each head its posteriors that ``base`` depends on, or nothing in evaluation."""
+        if not self._heads or not torch.is_grad_enabled():
+            return []
+        records = self._records(base)
+        calls = [[r.posterior for r in records if r.head is head] for head in self._heads]
+        missing = [index for index, views in enumerate(calls) if not views]
+        if not missing:
+            return calls
+        if not any(head.training for head in self._heads):
+            if base.requires_grad:
+                raise RuntimeError(
+                    "every GaussianHead of this loss is in eval mode, so there is nothing to "
+                    "regularise: call model.train() before training, or evaluate under "
+                    "torch.no_grad()."
+                )
+            return []
+        raise RuntimeError(
+            "this loss depends on no sample of "
+            + " and ".join(
+                f"heads[{i}], GaussianHead({self._heads[i].extra_repr()})" for i in missing
+            )
+            + ": in a training step the model's forward must call it before the loss, with "
+            "gradients enabled, and its output must reach the loss undetached. Inside "
+            "torch.utils.checkpoint use use_reentrant=False. To evaluate, use torch.no_grad()."
+        )
+
+    def _records(self, base: Tensor) -> list[Record]:
+        """The records of this loss's heads that ``base`` depends on, in the order of the calls."""
+        found: dict[tuple[int, int], Record] = {}
+        frontier: list[Record] = tied(base)
+        while frontier:
+            found.update({(id(record.head), record.call): record for record in frontier})
+            if {id(head) for head in self._heads} <= {head for head, _ in found}:
+                break
+            # A head may sit upstream of another one (features and projection).
+            frontier = [r for record in frontier for r in tied(record.posterior.logvar)]
+        return sorted(found.values(), key=lambda record: record.call)
+
+    def _check_finite(
+        self, base: Tensor, rate: Tensor, entropy: Tensor, calls: list[list[Posterior]]
+    ) -> None:
+        terms = {"base loss": base, "rate": rate, "entropy": entropy}
+        values = torch.stack([term.detach().to(rate) for term in terms.values()])
+        bad = self._finite.non_finite(values)
+        if not bad:
+            return
+        causes = [
+            f"the {name} of heads[{i}], view {j}, has {count} non-finite values"
+            for i, views in enumerate(calls)
+            for j, view in enumerate(views)
+            for name, tensor in (("embedding or its mean", view.mean), ("logvar", view.logvar))
+            if (count := int((~torch.isfinite(tensor)).sum()))
+        ]
+        names = list(terms)
+        raise ValueError(
+            "not finite: "
+            + ", ".join(f"{names[i]} (now {float(values[i])})" for i in bad)
+            + (f"; {'; '.join(causes)}" if causes else "")
+            + ". Lower the learning rate, leave float16, or look for the first NaN with "
+            "torch.autograd.set_detect_anomaly(True)."
+        )
+
+    def _config(self) -> dict[str, str]:
+        schedule = self.schedule
+        # The repr of a function holds an address.
+        shown = repr(schedule) if is_dataclass(schedule) else type(schedule).__name__
+        return {"beta": shown, "alpha": repr(self.alpha), "prior": self.prior}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or not hasattr(_base_of(self), name):
+                raise
+            return getattr(_base_of(self), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in self.__dict__ or name in _MODULE_SLOTS or hasattr(type(self), name)
+        if not own and hasattr(_base_of(self), name):
+            setattr(_base_of(self), name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        shown = {**self._config(), "heads": str(len(self._heads))}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _base_of(loss: ClimbLoss) -> Callable[..., Tensor] | None:
+    """The base, or None while the loss is being built or unpickled."""
+    modules = loss.__dict__.get("_modules", {})
+    return modules.get("base", loss.__dict__.get("base"))
+
+
+class _StepDone:
+    """Counts a step once its backward has come through, however many losses it had."""
+
+    def __init__(self, loss: ClimbLoss) -> None:
+        self._loss = loss
+        self._next = loss.step + 1
+
+    def __call__(self, gradient: Tensor) -> None:
+        self._loss.set_step(max(self._loss.step, self._next))
+
+
+def _checked_heads(heads: GaussianHead | Sequence[GaussianHead]) -> tuple[GaussianHead, ...]:
+    several = (heads,) if isinstance(heads, nn.Module) else tuple(heads)
+    for head in several:
+        if isinstance(head, TeacherHead):
+            raise TypeError("heads holds the head of a teacher: pass the student's.")
+        if not isinstance(head, GaussianHead):
+            raise TypeError(f"heads must be GaussianHeads, got {type(head).__name__}.")
+    if len(set(several)) < len(several):
+        raise ValueError("heads holds the same head twice.")
+    return several
+
+
+def _checked_scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"the base loss must return a scalar tensor, got {type(value).__name__}: wrap a "
+            "function that picks the scalar."
+        )
+    if value.ndim != 0:
+        raise ValueError(
+            f"the base loss must return a scalar tensor, got shape {tuple(value.shape)}: use its "
+            "reduction='mean', or wrap a function that reduces it."
+        )
+    return value
+
+
+def _detached(
+    total: Tensor, base: Tensor, rate: Tensor, entropy: Tensor, beta: float
+) -> ClimbTerms:
+    return ClimbTerms(
+        total.detach(),
+        base.detach(),
+        rate.detach(),
+        entropy.detach(),
+        torch.tensor(beta, dtype=torch.float64),
+    )
+
+
+def _save_as_base(
+    loss: ClimbLoss, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    for key in [key for key in state if key.startswith(prefix + "base.")]:
+        state[prefix + key[len(prefix + "base.") :]] = state.pop(key)
+    metadata[_METADATA] = {"step": loss.step, "last_beta": loss.beta, **loss._config()}
+
+
+def _load_from_base(
+    loss: ClimbLoss, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
+) -> None:
+    own = prefix + "climb_priors."
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
+        state[prefix + "base." + key[len(prefix) :]] = state.pop(key)
+    saved = metadata.get(_METADATA)
+    if saved is None:
+        if not isinstance(loss.schedule, Constant):
+            warnings.warn(
+                "this state dict holds no CLIMB step (a plain loss, or its metadata was dropped): "
+                f"beta goes on from step {loss.step}; set_step(n) says otherwise.",
+                stacklevel=2,
+            )
+        return
+    for name, now in loss._config().items():
+        if saved[name] != now:
+            warnings.warn(
+                f"{name} was {saved[name]} when this state was saved and is {now} now; it goes on "
+                "with the latter.",
+                stacklevel=2,
+            )
+    loss.set_step(saved["step"])
