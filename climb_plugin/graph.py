@@ -8,9 +8,10 @@ reaches the loss, and a script that calls its criterion once per view counts eac
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 _KEY = "climb_plugin"
 
@@ -27,7 +28,7 @@ def tie(item: object, *, to: Tensor) -> None:
     """
     if to.grad_fn is None:
         raise ValueError("the tensor has no grad_fn, so nothing can be tied to its graph.")
-    to.grad_fn.metadata[_KEY] = item
+    _metadata(to.grad_fn)[_KEY] = item
 
 
 def tied(value: Tensor) -> list[Any]:
@@ -52,7 +53,7 @@ def tied(value: Tensor) -> list[Any]:
         node = stack.pop()
         if node is None:
             continue
-        item = node.metadata.get(_KEY)
+        item = _metadata(node).get(_KEY)
         if item is not None:
             found.append(item)
             continue
@@ -61,3 +62,8 @@ def tied(value: Tensor) -> list[Any]:
                 seen.add(parent)
                 stack.append(parent)
     return found
+
+
+def _metadata(node: Node) -> dict[str, Any]:
+    # A property that torch annotates as a method.
+    return cast("dict[str, Any]", node.metadata)

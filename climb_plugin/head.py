@@ -97,9 +97,8 @@ class GaussianHead(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """A sample of the posterior in training, its mean in ``eval()``."""
-        if self.training:
-            return self._sample(embedding)
-        return self.embed(embedding)
+        sample: Tensor = self._sample(embedding) if self.training else self.embed(embedding)
+        return sample
 
     def embed(self, embedding: Tensor) -> Tensor:
         """The mean of the posterior, in the dtype of ``embedding``."""
@@ -139,7 +138,7 @@ class GaussianHead(nn.Module):
         return teacher.requires_grad_(False)
 
     # The generator and the graph's metadata are Python objects: the compiler steps around them.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _sample(self, embedding: Tensor) -> Tensor:
         posterior = self.posterior(embedding)
         if embedding.numel() == 0:

@@ -15,7 +15,7 @@ from climb_plugin.finite import FiniteCheck
 from climb_plugin.gaussian import conditional_entropy
 from climb_plugin.graph import tied
 from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead
-from climb_plugin.prior import make_prior, sample_mean
+from climb_plugin.prior import make_priors, sample_mean
 from climb_plugin.schedule import Constant, Schedule, as_schedule, checked_beta
 
 _METADATA = "climb"
@@ -98,7 +98,7 @@ class ClimbLoss(nn.Module):
             raise TypeError(f"base must be a loss that can be called, got {base!r}.")
         self._heads = _checked_heads(heads)
         self.schedule = as_schedule(beta)
-        if not self._heads and beta != 0:
+        if not self._heads and self.schedule != Constant(0.0):
             raise ValueError(
                 f"beta={beta} has nothing to act on: heads is empty. Pass the GaussianHead that "
                 "is in the model."
@@ -109,9 +109,8 @@ class ClimbLoss(nn.Module):
             raise ValueError(f"alpha must be finite and not negative, got {alpha}.")
         self.alpha = float(alpha)
         self.prior = prior
-        self.climb_priors = nn.ModuleList(
-            make_prior(prior, head.out_features) for head in self._heads
-        )
+        widths = [head.out_features for head in self._heads]
+        self.climb_priors = nn.ModuleList(make_priors(prior, widths))
         if any(True for _ in self.climb_priors.parameters()):
             warnings.warn(
                 f"prior={prior!r} is learned and its parameters belong to the loss: add "
@@ -293,8 +292,8 @@ class ClimbLoss(nn.Module):
 
 def _base_of(loss: ClimbLoss) -> Callable[..., Tensor] | None:
     """The base, or None while the loss is being built or unpickled."""
-    modules = loss.__dict__.get("_modules", {})
-    return modules.get("base", loss.__dict__.get("base"))
+    base: Callable[..., Tensor] | None = loss.__dict__.get("_modules", {}).get("base")
+    return loss.__dict__.get("base") if base is None else base
 
 
 class _StepDone:

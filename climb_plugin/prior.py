@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import torch
@@ -84,16 +84,26 @@ class ViewPrior(nn.Module):
         return sample_mean([symmetric_kl(*one, *two) for one, two in combinations(posteriors, 2)])
 
 
-def make_prior(name: str, dim: int) -> nn.Module:
-    """The prior called ``name`` for samples of width ``dim``.
+PRIORS: dict[str, Callable[[int], nn.Module]] = {
+    "standard": lambda width: StandardPrior(),
+    "learned": LearnedPrior,
+    "view": lambda width: ViewPrior(),
+}
+
+
+def make_priors(name: str, widths: Sequence[int]) -> list[nn.Module]:
+    """The prior called ``name`` for each head.
+
+    Args:
+        name: A key of ``PRIORS``.
+        widths: The widths of the heads' samples.
 
     Raises:
         ValueError: If there is no such prior.
     """
-    makers = {"standard": StandardPrior, "learned": lambda: LearnedPrior(dim), "view": ViewPrior}
-    if name not in makers:
-        raise ValueError(f"prior must be one of {', '.join(map(repr, makers))}, got {name!r}.")
-    return makers[name]()
+    if name not in PRIORS:
+        raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, got {name!r}.")
+    return [PRIORS[name](width) for width in widths]
 
 
 def sample_mean(per_sample: Sequence[Tensor]) -> Tensor:

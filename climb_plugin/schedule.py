@@ -98,7 +98,7 @@ class Ramp:
         raise NotImplementedError
 
     def _steps(self, name: str) -> int:
-        duration = getattr(self, name)
+        duration: int | float = getattr(self, name)
         if isinstance(duration, int):
             return duration
         if self.total_steps is None:
