@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,14 +196,15 @@ def _first_layer(module: nn.Module) -> str:
 def _end_of_projection(module: nn.Module, input_width: int) -> tuple[str, bool, int]:
     """(path, before, width) of the end of the projection MLP."""
     parameter = next(module.parameters())
-    rows = torch.randn(2, input_width, generator=torch.Generator().manual_seed(0))
-    rows = rows.to(parameter.device, parameter.dtype)
     if parameter.is_meta:
         raise ValueError("the projection head is on the meta device: materialise it first.")
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    rows = torch.randn(2, input_width, generator=torch.Generator().manual_seed(0))
+    rows = rows.to(parameter.device, wide)
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _widened(module):
             output, widths = _probe(module, rows)
             # Of those that a normalisation follows, the last: what comes after it is the head's.
             for path in reversed(widths):
@@ -251,6 +254,24 @@ def _probe(
             "ClimbLoss(loss, heads=...)."
         )
     return output, widths
+
+
+@contextmanager
+def _widened(module: nn.Module) -> Iterator[None]:
+    """Half precision as float32 for a while: it would blur what the probe tells apart."""
+    halves = [
+        tensor
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.dtype in (torch.float16, torch.bfloat16)
+    ]
+    originals = [tensor.data for tensor in halves]
+    try:
+        for tensor in halves:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, original in zip(halves, originals, strict=True):
+            tensor.data = original
 
 
 def _hang(module: nn.Module, head: GaussianHead, *, before: bool) -> None:

@@ -121,8 +121,10 @@ class ClimbLoss(nn.Module):
         self._terms: ClimbTerms | None = None
         self._finite = FiniteCheck()
         self.base = base
-        self._register_state_dict_hook(_save_as_base)
-        self._register_load_state_dict_pre_hook(_load_from_base, with_module=True)
+        self._register_state_dict_hook(_save_as_base)  # type: ignore[no-untyped-call]
+        self._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            _load_from_base, with_module=True
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base loss of these arguments, passed on verbatim, plus the bottleneck.
