@@ -18,7 +18,7 @@ LOGVAR_MAX = 10.0
 
 _LOG_2PI = math.log(2 * math.pi)
 _CENTRE = (LOGVAR_MAX + LOGVAR_MIN) / 2
-_HALF_WIDTH = (LOGVAR_MAX - LOGVAR_MIN) / 2
+_REACH = (LOGVAR_MAX - LOGVAR_MIN) / math.pi
 
 
 def reparameterize(
@@ -184,8 +184,8 @@ def entropy_bound(mean: Tensor, logvar: Tensor) -> Tensor:
 def bound_logvar(raw: Tensor) -> Tensor:
     """Maps any real number smoothly into (LOGVAR_MIN, LOGVAR_MAX); slope 1 in the middle.
 
-    The tails fall off as a power, so a saturated value still has a gradient (a tanh would
-    round to exactly 0 in float32).
+    An arc tangent: its slope falls off as a power and is computed without cancellation, so a
+    saturated value still has a gradient (that of a tanh rounds to exactly 0 in float32).
 
     Args:
         raw: Unbounded values, of any shape.
@@ -194,11 +194,10 @@ def bound_logvar(raw: Tensor) -> Tensor:
         Log-variances of the same shape.
 
     Examples:
-        >>> bound_logvar(torch.tensor([-1e4, -5.0, 1e4]))
-        tensor([-20.0000,  -5.0000,  10.0000])
+        >>> bound_logvar(torch.tensor([-1e6, -5.0, 1e6]))
+        tensor([-19.9999,  -5.0000,   9.9999])
     """
-    scaled = (raw - _CENTRE) / _HALF_WIDTH
-    return _CENTRE + _HALF_WIDTH * scaled * torch.rsqrt(1 + scaled.square())
+    return _CENTRE + _REACH * torch.atan((raw - _CENTRE) / _REACH)
 
 
 def unbound_logvar(logvar: float) -> float:
@@ -218,8 +217,7 @@ def unbound_logvar(logvar: float) -> float:
         raise ValueError(
             f"logvar must lie strictly between {LOGVAR_MIN} and {LOGVAR_MAX}, got {logvar}."
         )
-    scaled = (logvar - _CENTRE) / _HALF_WIDTH
-    return _CENTRE + _HALF_WIDTH * scaled / math.sqrt(1 - scaled**2)
+    return _CENTRE + _REACH * math.tan((logvar - _CENTRE) / _REACH)
 
 
 def _half_sum(per_dimension: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ class Cosine(Ramp):
     """Beta rises along half a cosine: slowly at both ends.
 
     Examples:
-        >>> Cosine(1e-3, warmup=100)(50)
+        >>> round(Cosine(1e-3, warmup=100)(50), 12)
         0.0005
     """
 

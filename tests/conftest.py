@@ -1,0 +1,46 @@
+"""Hosts are asked for by name: one that is asked for and missing is an error, not a skip."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Name in CLIMB_TEST_HOSTS -> (module, beginning of the names of its test files).
+HOSTS = {"lightly": ("lightly", "test_lightly"), "solo_learn": ("solo", "test_solo")}
+
+# Shared machines are slow at times; what is slow is measured in benchmarks, not here.
+hypothesis.settings.register_profile("climb", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("climb")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    asked = [name for name in os.environ.get("CLIMB_TEST_HOSTS", "").split(",") if name]
+    unknown = [name for name in asked if name not in HOSTS]
+    if unknown:
+        raise pytest.UsageError(f"CLIMB_TEST_HOSTS names {unknown}; there are {list(HOSTS)}.")
+    missing = [name for name in asked if not importable(name)]
+    if missing:
+        raise pytest.UsageError(f"CLIMB_TEST_HOSTS asks for {missing}, which cannot be imported.")
+
+
+def pytest_report_header() -> str:
+    return "hosts: " + ", ".join(
+        f"{name} {'tested' if importable(name) else 'NOT importable, its tests do not run'}"
+        for name in HOSTS
+    )
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    for name, (_, files) in HOSTS.items():
+        if collection_path.name.startswith(files) and not importable(name):
+            return True
+    return None
+
+
+def importable(host: str) -> bool:
+    module, _ = HOSTS[host]
+    return find_spec(module) is not None
