@@ -373,8 +373,8 @@ def _load_from_base(
     for name, now in loss._config().items():
         if saved[name] != now:
             warnings.warn(
-                f"{name} was {saved[name]} when this state was saved and is {now} now; it goes on "
-                "with the latter.",
+                f"CLIMB's {name} was {saved[name]} when this state was saved and is {now} now: "
+                "the run goes on with the latter.",
                 stacklevel=2,
             )
     loss.set_step(saved["step"])
