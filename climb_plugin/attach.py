@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ NAME = "gaussian"
 
 PLACES = ("projection", "features")
 
-# Far below 1, so that a normalisation with an epsilon inside a hidden layer (LayerNorm) is told
-# from an L2 normalisation of the embedding; a power of two, so that the latter is exact.
-_PROBE_SCALE = 2.0**-10
+# Down to where the epsilon of a hidden LayerNorm shows, which an L2 normalisation survives; and
+# up, where what merely does not contribute much would show.
+_PROBE_FACTORS = (2.0**-10, 2.0**10)
+_PROBE_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class Placement:
     def make_head(self, *, init_std: float) -> GaussianHead:
         """A head that fits, on the device and in the dtype of the student; not in place yet."""
         parameter = next(self.student.parameters())
-        # Several heads of one model shall not draw the same noise.
-        weights = parameter.detach().flatten()[:64].to("cpu", torch.float32)
+        # Several heads of one model shall not draw the same noise. Biases start all alike.
+        matrix = next((p for p in self.student.parameters() if p.ndim > 1), parameter)
+        weights = matrix.detach().flatten()[:64].to("cpu", torch.float32)
         seed = torch.initial_seed() ^ zlib.crc32(weights.numpy().tobytes())
         head = GaussianHead(self.width, init_std=init_std, seed=seed)
         return head.to(parameter.device, parameter.dtype)
@@ -106,9 +108,10 @@ def find_place(
     """Finds where :func:`attach` puts its head, and changes nothing.
 
     The place is found by what the module does: it runs on two random rows (in ``eval()``,
-    without gradients, without touching torch's random numbers). Where rescaling the output of a
-    submodule leaves the result as it is, an L2 normalisation follows, and the Gaussian belongs
-    before it.
+    without gradients, without touching torch's random numbers or its buffers). Where rescaling
+    the output of a submodule leaves the result as it is, and changing its sign changes that of
+    the result (up to a bias), an L2 normalisation follows, perhaps with prototypes, and the
+    Gaussian belongs before it.
 
     Args:
         student: As in :func:`attach`.
@@ -121,25 +124,24 @@ def find_place(
     """
     if at not in PLACES:
         raise ValueError(f"at must be one of {', '.join(map(repr, PLACES))}, got {at!r}.")
-    for role, module in (("student", student), ("teacher", teacher)):
-        if module is not None:
-            _check_module(role, module)
+    _check_module("student", student)
     if teacher is not None:
+        _check_module("teacher", teacher)
         _check_pair(student, teacher)
     width = _input_width(student)
+    probe = _Probe(student, width)
     if at == "features":
-        path, before = _first_layer(student), True
-    else:
-        path, before, width = _end_of_projection(student, width)
-    return Placement(student, teacher, path, before, width)
+        return Placement(student, teacher, _first_layer(student), True, width)
+    return Placement(student, teacher, *_end_of_projection(probe))
 
 
 def _check_module(role: str, module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{role} must be a torch module, got {type(module).__name__}.")
-    if isinstance(module, nn.parallel.DistributedDataParallel):
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(module, parallel) or hasattr(module, "_orig_mod"):  # torch.compile's
         raise ValueError(
-            f"{role} is wrapped in DistributedDataParallel, which would not see the new "
+            f"{role} is wrapped in {type(module).__name__}, which would not see the new "
             "parameters: wrap the loss first, then the model."
         )
     if any(isinstance(part, GaussianHead) for part in module.modules()):
@@ -150,9 +152,9 @@ def _check_module(role: str, module: nn.Module) -> None:
 
 
 def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
-    storages = {p.untyped_storage().data_ptr(): name for name, p in student.named_parameters()}
-    for name, parameter in teacher.named_parameters():
-        address = parameter.untyped_storage().data_ptr()
+    storages = {t.untyped_storage().data_ptr(): name for name, t in _named_tensors(student)}
+    for name, tensor in _named_tensors(teacher):
+        address = tensor.untyped_storage().data_ptr()
         if address and address in storages:
             raise ValueError(
                 f"student and teacher share storage ({storages[address]} and {name}), so the "
@@ -173,6 +175,11 @@ def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
 def _input_width(module: nn.Module) -> int:
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -186,93 +193,157 @@ def _input_width(module: nn.Module) -> int:
 
 
 def _first_layer(module: nn.Module) -> str:
-    """Path of what first sees the input; a Sequential itself cannot hold a head before it."""
+    """Path of what first sees the embedding; a Sequential cannot hold a head before it."""
     path: list[str] = []
     while isinstance(module, nn.Sequential) and len(module):
-        name, module = next(iter(module.named_children()))
+        parts = list(module.named_children())
+        flat = [part for part in parts if not isinstance(part[1], nn.Flatten)]
+        name, module = (flat or parts)[0]
         path.append(name)
     return ".".join(path)
 
 
-def _end_of_projection(module: nn.Module, input_width: int) -> tuple[str, bool, int]:
+def _end_of_projection(probe: _Probe) -> tuple[str, bool, int]:
     """(path, before, width) of the end of the projection MLP."""
-    parameter = next(module.parameters())
-    if parameter.is_meta:
-        raise ValueError("the projection head is on the meta device: materialise it first.")
-    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    rows = torch.randn(2, input_width, generator=torch.Generator().manual_seed(0))
-    rows = rows.to(parameter.device, wide)
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad(), _widened(module):
-            output, widths = _probe(module, rows)
-            # Of those that a normalisation follows, the last: what comes after it is the head's.
-            for path in reversed(widths):
-                if torch.equal(_probe(module, rows, scaled=path)[0], output):
-                    return path, False, widths[path]
-            if torch.equal(_probe(module, rows * _PROBE_SCALE)[0], output):
-                return _first_layer(module), True, input_width
-            return "", False, output.shape[-1]
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-def _probe(
-    module: nn.Module, rows: Tensor, *, scaled: str | None = None
-) -> tuple[Tensor, dict[str, int]]:
-    """Runs ``module``; returns its output and the widths of its parts, in order of completion."""
-    widths: dict[str, int] = {}
-
-    def watch(path: str) -> Any:
-        def hook(_: nn.Module, args: object, output: object) -> object:
-            if not isinstance(output, Tensor) or output.ndim != 2:
-                return None
-            widths[path] = output.shape[-1]
-            return output * _PROBE_SCALE if path == scaled else None
-
-        return hook
-
-    parts = [(path, part) for path, part in module.named_modules() if path]
-    handles = [part.register_forward_hook(watch(path)) for path, part in parts]
-    try:
-        output = module(rows)
-    except Exception as error:
-        raise ValueError(
-            f"{type(module).__name__} could not be run on a batch of shape {tuple(rows.shape)} to "
-            f"find where its embedding is ({error}): put a GaussianHead(width) into it yourself, "
-            "and use ClimbLoss(loss, heads=...)."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not isinstance(output, Tensor) or output.ndim != 2:
+    output = probe.output
+    if not _is_batch(output):
         received = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"{type(module).__name__} must map (B, {rows.shape[-1]}) to (B, D), it returned "
-            f"{received}: put a GaussianHead(width) into it yourself, and use "
+            f"{type(probe.module).__name__} must map (B, {probe.rows.shape[-1]}) to (B, D), it "
+            f"returned {received}: put a GaussianHead(width) into it yourself, and use "
             "ClimbLoss(loss, heads=...)."
         )
-    return output, widths
+    # Of those that a normalisation follows, the last: what comes after it is the head's.
+    for path in reversed(probe.widths):
+        if probe.is_before_normalisation(path):
+            return path, False, probe.widths[path]
+    if probe.is_before_normalisation(None):
+        return _first_layer(probe.module), True, probe.rows.shape[-1]
+    if probe.ends_normalised():
+        raise ValueError(
+            f"{type(probe.module).__name__} normalises its embedding, but the embedding is the "
+            "output of none of its submodules, so nothing can go in between: pass it through an "
+            "nn.Identity() of its own right before it is normalised."
+        )
+    return "", False, output.shape[-1]
 
 
-@contextmanager
-def _widened(module: nn.Module) -> Iterator[None]:
-    """Half precision as float32 for a while: it would blur what the probe tells apart."""
-    halves = [
-        tensor
-        for tensor in (*module.parameters(), *module.buffers())
-        if tensor.dtype in (torch.float16, torch.bfloat16)
-    ]
-    originals = [tensor.data for tensor in halves]
-    try:
-        for tensor in halves:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, original in zip(halves, originals, strict=True):
-            tensor.data = original
+class _Probe:
+    """What a module does with a few random rows, in ``eval()``; it is left as it was.
+
+    Args:
+        module: Maps (B, width) to (B, D).
+        width: Width of its input.
+
+    Attributes:
+        output: Its output.
+        widths: Widths of the outputs of its submodules, in the order of their completion. Those
+            that ran more than once are left out: a hook could not tell the runs apart.
+    """
+
+    def __init__(self, module: nn.Module, width: int) -> None:
+        parameter = next(module.parameters())
+        if parameter.is_meta:
+            raise ValueError("the projection head is on the meta device: materialise it first.")
+        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        rows = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+        self.module = module
+        self.rows = rows.to(parameter.device, wide)
+        self.widths: dict[str, int] = {}
+        self._unit_inputs: list[str] = []
+        calls: Counter[str] = Counter()
+
+        def watch(path: str, args: tuple[Any, ...], output: object) -> None:
+            calls[path] += 1
+            if _is_batch(output):
+                self.widths[path] = output.shape[-1]
+            if args and _is_batch(args[0]) and _is_unit(args[0]):
+                self._unit_inputs.append(path)
+
+        self.output = self._run(self.rows, watch=watch)
+        self.widths = {path: n for path, n in self.widths.items() if calls[path] == 1}
+
+    def is_before_normalisation(self, path: str | None) -> bool:
+        """Whether an L2 normalisation and nothing but linear layers follow a submodule.
+
+        Args:
+            path: Name of the submodule; None: the input of the module.
+        """
+        return all(
+            self._is_close(self._rescaled(path, factor), self.output) for factor in _PROBE_FACTORS
+        ) and self._is_linear(self._rescaled(path, -1.0))
+
+    def ends_normalised(self) -> bool:
+        """Whether the output is normalised, or linear in something that is."""
+        return _is_unit(self.output) or any(
+            self._is_linear(self._rescaled(path, -1.0, before=True)) for path in self._unit_inputs
+        )
+
+    def _is_linear(self, flipped: Tensor) -> bool:
+        """Whether a change of sign gave the same but for the sign, up to a bias."""
+        total = flipped + self.output
+        return self._is_close(total, total.mean(dim=0))
+
+    def _is_close(self, one: Tensor, other: Tensor) -> bool:
+        spread = (self.output - self.output.mean(dim=0)).norm()
+        return bool((one - other).norm() <= _PROBE_TOLERANCE * spread)
+
+    def _rescaled(self, path: str | None, factor: float, *, before: bool = False) -> Tensor:
+        if path is None:
+            output: Tensor = self._run(self.rows * factor)
+            return output
+        part = self.module.get_submodule(path)
+        if before:
+            handle = part.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:]))
+        else:
+            handle = part.register_forward_hook(lambda _, args, output: output * factor)
+        try:
+            output = self._run(self.rows)
+        finally:
+            handle.remove()
+        return output
+
+    def _run(self, rows: Tensor, *, watch: Callable[..., None] | None = None) -> Any:
+        modes = {part: part.training for part in self.module.modules()}
+        handles = [
+            part.register_forward_hook(lambda _, *seen, path=path, do=watch: do(path, *seen))
+            for path, part in self.module.named_modules()
+            if path and watch is not None
+        ]
+        devices = [rows.device] if rows.is_cuda else []
+        self.module.eval()
+        try:
+            # Each run draws the same numbers, should the module draw any.
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                return torch.func.functional_call(self.module, self._state(), rows)
+        except Exception as error:
+            raise ValueError(
+                f"{type(self.module).__name__} could not be run on a batch of shape "
+                f"{tuple(rows.shape)} to find where its embedding is ({error}): put a "
+                "GaussianHead(width) into it yourself, and use ClimbLoss(loss, heads=...)."
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+            for part, mode in modes.items():
+                part.training = mode
+
+    def _state(self) -> dict[str, Tensor]:
+        """Buffers as copies, and half precision as float32, which does not blur the outcome."""
+        state: dict[str, Tensor] = dict(self.module.named_parameters())
+        state.update((name, buffer.clone()) for name, buffer in self.module.named_buffers())
+        halves = (torch.float16, torch.bfloat16)
+        return {name: t.float() if t.dtype in halves else t for name, t in state.items()}
+
+
+def _is_batch(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.ndim == 2
+
+
+def _is_unit(rows: Tensor) -> bool:
+    """Whether rows are L2-normalised; a row that a ReLU left without any entry stays 0."""
+    norms = rows.norm(dim=-1)
+    return bool(norms.any() and ((norms - norms.sign()).abs() < 1e-4).all())
 
 
 def _hang(module: nn.Module, head: GaussianHead, *, before: bool) -> None:
@@ -307,6 +378,8 @@ class _OptimizerWatch:
 
     @eager
     def __call__(self, head: GaussianHead, args: tuple[Any, ...], output: Tensor) -> None:
+        if not head.logvar.bias.requires_grad:  # frozen by the user
+            return
         if self._versions is None:
             if output.requires_grad:
                 output.register_hook(self._after_backward)
