@@ -130,7 +130,7 @@ class ClimbLoss(nn.Module):
         """The base loss of these arguments, passed on verbatim, plus the bottleneck.
 
         Returns:
-            A scalar tensor.
+            A scalar tensor; a tensor with one element if that is what the base returns.
 
         Raises:
             RuntimeError: If a head is in training, but the base loss depends on none of its
@@ -141,13 +141,14 @@ class ClimbLoss(nn.Module):
                 names it. On CUDA that comes a step or so late, because the check does not wait
                 for the device.
         """
-        base = _checked_scalar(self.base(*args, **kwargs))
+        value = _checked_scalar(self.base(*args, **kwargs))
+        base = value.reshape(())
         beta = self.beta
         calls = self._posteriors(base)
         if not calls:
             nan = base.new_full((), math.nan)
             self._terms = _detached(base, base, nan, nan, beta)
-            return base
+            return value
         # One sum over heads: each head is a code of its own, and what they carry adds up.
         rate = torch.stack(
             [prior(views) for prior, views in zip(self.climb_priors, calls, strict=True)]
@@ -161,7 +162,7 @@ class ClimbLoss(nn.Module):
             penalty.register_hook(_StepDone(self))
         total = base + beta * penalty
         self._terms = _detached(total, base, rate, entropy, beta)
-        return total
+        return total.reshape(value.shape)
 
     @property
     def heads(self) -> tuple[GaussianHead, ...]:
@@ -327,7 +328,7 @@ def _checked_scalar(value: Any) -> Tensor:
             f"the base loss must return a scalar tensor, got {type(value).__name__}: wrap a "
             "function that picks the scalar."
         )
-    if value.ndim != 0:
+    if value.numel() != 1:
         raise ValueError(
             f"the base loss must return a scalar tensor, got shape {tuple(value.shape)}: use its "
             "reduction='mean', or wrap a function that reduces it."
