@@ -131,8 +131,15 @@ def find_place(
     width = _input_width(student)
     probe = _Probe(student, width)
     if at == "features":
-        return Placement(student, teacher, _first_layer(student), True, width)
-    return Placement(student, teacher, *_end_of_projection(probe))
+        path, before = _first_layer(student), True
+    else:
+        path, before, width = _end_of_projection(probe)
+    if hasattr(student.get_submodule(path), NAME):
+        raise ValueError(
+            f"{NAME!r} is what the head is called in its place, and {path or 'student'} has an "
+            "attribute of that name: rename yours."
+        )
+    return Placement(student, teacher, path, before, width)
 
 
 def _check_module(role: str, module: nn.Module) -> None:

@@ -8,6 +8,7 @@ import io
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -780,6 +781,13 @@ REFUSALS: dict[str, Refusal] = {
         "is lazy: run one batch through the model first",
     ),
     "meta": (lambda: nn.Linear(12, 6, device="meta"), None, {}, ValueError, "meta device"),
+    "a submodule with the name of the head": (
+        lambda: nn.Sequential(OrderedDict(first=nn.Linear(12, 6), gaussian=nn.Softplus())),
+        None,
+        {},
+        ValueError,
+        "'gaussian' is what the head is called in its place, and student has .* rename yours",
+    ),
     "normalised sum": (
         Residual,
         None,
