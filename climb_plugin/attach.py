@@ -382,6 +382,10 @@ class _OptimizerWatch:
         self._parameters = (reference, head.logvar.bias)
         self._versions: tuple[int, ...] | None = None
         self._handle = head.register_forward_hook(self)
+        # A checkpoint of the plain model moves the projection head alone, and rightly so.
+        head.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            self._start_anew
+        )
 
     @eager
     def __call__(self, head: GaussianHead, args: tuple[Any, ...], output: Tensor) -> None:
@@ -406,6 +410,9 @@ class _OptimizerWatch:
 
     def _after_backward(self, gradient: Tensor) -> None:
         self._versions = tuple(parameter._version for parameter in self._parameters)
+
+    def _start_anew(self, *_: object) -> None:
+        self._versions = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The versions of a copy start anew.

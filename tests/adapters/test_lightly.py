@@ -936,6 +936,18 @@ class TestOptimiser:
         self.steps(student, criterion, optimizer, 3)
         assert torch.equal(gaussian(student).logvar.bias, before)
 
+    def test_loading_a_plain_checkpoint_is_none(self) -> None:
+        student = build(SimCLRProjectionHead)
+        plain = build(SimCLRProjectionHead, seed=1).state_dict()
+        criterion = wrap(first, student=student, beta=1e-3)
+        criterion(student(rows())).backward()
+        student.load_state_dict(plain, strict=False)
+        criterion(student(rows())).backward()
+        layers = [p for name, p in student.named_parameters() if "gaussian" not in name]
+        torch.optim.SGD(layers, lr=0.1).step()
+        with pytest.raises(RuntimeError, match="build the optimiser after the loss was wrapped"):
+            student(rows())
+
     def test_a_step_that_is_skipped_is_none(self) -> None:
         student = build(SimCLRProjectionHead)
         criterion = wrap(first, student=student, beta=1e-3)
