@@ -394,6 +394,23 @@ class OneActivation(UserHead):
         return F.normalize(z, dim=-1)
 
 
+class OneDropout(UserHead):
+    """The same module three times: a hook behind it could not tell the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(12, 12, bias=False)
+        self.two = nn.Linear(12, 12, bias=False)
+        self.dropout = nn.Dropout(0)
+
+    def embed(self, x: Tensor) -> Tensor:
+        z: Tensor = self.two(self.dropout(self.one(self.dropout(x))))
+        return z
+
+    def finish(self, z: Tensor) -> Tensor:
+        return F.normalize(self.dropout(z), dim=-1)
+
+
 class Residual(UserHead):
     """Adds up, then normalises: no submodule ends in between, unless one is put there."""
 
@@ -451,6 +468,7 @@ USER_HEADS: dict[str, Factory] = {
     "gate at 0": Gated,
     "gate near 0": NearlyGated,
     "one activation": OneActivation,
+    "one dropout": OneDropout,
     "residual": lambda: Residual(nn.Identity()),
 }
 
