@@ -15,7 +15,7 @@ from climb_plugin.finite import FiniteCheck
 from climb_plugin.gaussian import conditional_entropy
 from climb_plugin.graph import tied
 from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead
-from climb_plugin.prior import make_priors, sample_mean
+from climb_plugin.prior import make_priors, per_sample
 from climb_plugin.schedule import Constant, Schedule, as_schedule, checked_beta
 
 _METADATA = "climb"
@@ -151,10 +151,10 @@ class ClimbLoss(nn.Module):
             return value
         # One sum over heads: each head is a code of its own, and what they carry adds up.
         rate = torch.stack(
-            [prior(views) for prior, views in zip(self.climb_priors, calls, strict=True)]
+            [prior(views).mean() for prior, views in zip(self.climb_priors, calls, strict=True)]
         ).sum()
         entropy = torch.stack(
-            [sample_mean([conditional_entropy(*view) for view in views]) for views in calls]
+            [per_sample([conditional_entropy(*view) for view in views]).mean() for views in calls]
         ).sum()
         penalty = rate + self.alpha * entropy if self.alpha else rate
         self._check_finite(base, rate, entropy, calls)
