@@ -395,20 +395,19 @@ class OneActivation(UserHead):
 
 
 class OneDropout(UserHead):
-    """The same module three times: a hook behind it could not tell the last one."""
+    """The same module three times: a hook behind it would sample three times."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.one = nn.Linear(12, 12, bias=False)
-        self.two = nn.Linear(12, 12, bias=False)
+        self.layer = nn.Linear(12, 6)
         self.dropout = nn.Dropout(0)
 
     def embed(self, x: Tensor) -> Tensor:
-        z: Tensor = self.two(self.dropout(self.one(self.dropout(x))))
+        z: Tensor = self.layer(x)
         return z
 
     def finish(self, z: Tensor) -> Tensor:
-        return F.normalize(self.dropout(z), dim=-1)
+        return F.normalize(self.dropout(self.dropout(self.dropout(z))), dim=-1)
 
 
 class Residual(UserHead):
