@@ -102,7 +102,7 @@ def find_place(
 ) -> Placement:
     """Finds where :func:`attach` puts its head, and changes nothing.
 
-    The place is found by what the module does: it runs on two random rows (in ``eval()``,
+    The place is found by what the module does: it runs on a few random rows (in ``eval()``,
     without gradients, without touching torch's random numbers or its buffers). Where rescaling
     the output of a submodule leaves the result as it is, and changing its sign changes that of
     the result (up to a bias), an L2 normalisation follows, perhaps with prototypes, and the
