@@ -25,7 +25,7 @@ class Stem(nn.Conv2d):
 
 
 def efficientnet_b0(method: str, **kwargs: Any) -> Any:
-    """timm's EfficientNet-B0 without its classifier, as solo-learn's table of backbones wants it.
+    """EfficientNet-B0 of timm without its classifier, for solo-learn's table of backbones.
 
     Args:
         method: Name of the method, which makes no difference here.

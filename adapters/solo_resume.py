@@ -99,7 +99,8 @@ def grow(checkpoint: dict[str, Any], configured: Any, new: Sequence[nn.Parameter
 
 def freeze_host(model: Any) -> dict[str, Any]:
     """What solo-learn does not save: random numbers and the momentum's coefficient."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = numpy_state
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
