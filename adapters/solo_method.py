@@ -180,6 +180,7 @@ def _put_in(model: Any, keys: Keys) -> ClimbLoss:
             alpha=keys.alpha,
             prior=keys.prior,
             free_nats=keys.free_nats,
+            check_base=False,
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from climb_plugin.graph import eager
 from climb_plugin.head import GaussianHead, TeacherHead
 
 NAME = "gaussian"
@@ -304,7 +305,7 @@ class _OptimizerWatch:
         self._versions: tuple[int, ...] | None = None
         self._handle = head.register_forward_hook(self)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def __call__(self, head: GaussianHead, args: tuple[Any, ...], output: Tensor) -> None:
         if self._versions is None:
             if output.requires_grad:

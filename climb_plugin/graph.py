@@ -8,10 +8,16 @@ reaches the loss, and a script that calls its criterion once per view counts eac
 
 from __future__ import annotations
 
-from typing import Any, cast
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _KEY = "climb_plugin"
 
@@ -40,7 +46,6 @@ def tied(value: Tensor) -> list[Any]:
         value: A tensor; without a ``grad_fn`` it depends on nothing.
 
     Examples:
-        >>> import torch
         >>> sample = 2 * torch.ones(3, requires_grad=True)
         >>> tie("posterior", to=sample)
         >>> tied(sample.sum()), tied(sample.detach().sum())
@@ -62,6 +67,23 @@ def tied(value: Tensor) -> list[Any]:
                 seen.add(parent)
                 stack.append(parent)
     return found
+
+
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes torch.compile step around ``function``: nodes exist only in eager mode.
+
+    ``torch.compiler.disable`` as a decorator would import the compiler with this package, which
+    takes a second.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            disabled: Callable[P, R] = torch.compiler.disable(function)
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _metadata(node: Node) -> dict[str, Any]:

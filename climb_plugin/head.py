@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from climb_plugin.gaussian import bound_logvar, reparameterize, unbound_logvar
-from climb_plugin.graph import tie
+from climb_plugin.gaussian import (
+    LOGVAR_MAX,
+    LOGVAR_MIN,
+    bound_logvar,
+    reparameterize,
+    unbound_logvar,
+)
+from climb_plugin.graph import eager, tie
 from climb_plugin.noise import NoiseStream
 
 # How many forward calls back a checkpointed forward can be recognised when it runs again.
@@ -84,6 +90,12 @@ class GaussianHead(nn.Module):
                 raise ValueError(f"{name} must be a positive integer, got {width!r}.")
         if not (math.isfinite(init_std) and init_std > 0):
             raise ValueError(f"init_std must be a positive number, got {init_std!r}.")
+        least, most = (math.exp(bound / 2) for bound in (LOGVAR_MIN, LOGVAR_MAX))
+        if not least < init_std < most:
+            raise ValueError(
+                f"init_std must lie strictly between {least:.2g} and {most:.3g}, the bounds of "
+                f"the learned std, got {init_std!r}."
+            )
         self.in_features = in_features
         self.out_features = in_features if out_features is None else out_features
         self.init_std = init_std
@@ -97,8 +109,7 @@ class GaussianHead(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """A sample of the posterior in training, its mean in ``eval()``."""
-        sample: Tensor = self._sample(embedding) if self.training else self.embed(embedding)
-        return sample
+        return self._sample(embedding) if self.training else self.embed(embedding)
 
     def embed(self, embedding: Tensor) -> Tensor:
         """The mean of the posterior, in the dtype of ``embedding``."""
@@ -137,8 +148,7 @@ class GaussianHead(nn.Module):
         teacher.load_state_dict(self.state_dict())
         return teacher.requires_grad_(False)
 
-    # The generator and the graph's metadata are Python objects: the compiler steps around them.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager
     def _sample(self, embedding: Tensor) -> Tensor:
         posterior = self.posterior(embedding)
         if embedding.numel() == 0:

@@ -68,6 +68,8 @@ class ClimbLoss(nn.Module):
             views of the same image; one forward call of the head per view).
         free_nats: Nats per sample, over all dimensions, that cost nothing: where the mean rate
             of the batch is below, the rate has no gradient.
+        check_base: Whether a NaN or infinite base loss raises. False where the host lives with
+            one (solo-learn's deepclusterv2, in its first epoch); rate and entropy are checked.
 
     Raises:
         TypeError: If ``base`` is not callable or ``heads`` are not heads.
@@ -97,6 +99,7 @@ class ClimbLoss(nn.Module):
         alpha: float = 0.0,
         prior: str = "standard",
         free_nats: float = 0.0,
+        check_base: bool = True,
     ) -> None:
         super().__init__()
         if not callable(base):
@@ -110,6 +113,7 @@ class ClimbLoss(nn.Module):
             )
         self.alpha = checked_number("alpha", alpha)
         self.free_nats = checked_number("free_nats", free_nats)
+        self.check_base = check_base
         self.prior = prior
         widths = [head.out_features for head in self._heads]
         self.climb_priors = nn.ModuleList(make_priors(prior, widths))
@@ -248,7 +252,9 @@ class ClimbLoss(nn.Module):
     def _check_finite(
         self, base: Tensor, rate: Tensor, entropy: Tensor, calls: list[list[Posterior]]
     ) -> None:
-        terms = {"base loss": base, "rate": rate, "entropy": entropy}
+        terms = {"rate": rate, "entropy": entropy}
+        if self.check_base:
+            terms = {"base loss": base, **terms}
         values = torch.stack([term.detach().to(rate) for term in terms.values()])
         bad = self._finite.non_finite(values)
         if not bad:
@@ -396,8 +402,8 @@ def _load_from_base(
     for name, now in loss._config().items():
         if saved[name] != now:
             warnings.warn(
-                f"{name} was {saved[name]} when this state was saved and is {now} now; it goes on "
-                "with the latter.",
+                f"CLIMB's {name} was {saved[name]} when this state was saved and is {now} now: "
+                "the run goes on with the latter.",
                 stacklevel=2,
             )
     loss.set_step(saved["step"])

@@ -1,0 +1,462 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal, kl_divergence
+
+from climb_plugin import ClimbLoss, ClimbTerms, GaussianHead
+from climb_plugin.schedule import Linear
+
+PRIORS = ["standard", "learned", "view"]
+
+
+def rows(batch: int = 8, width: int = 6, seed: int = 0) -> Tensor:
+    return torch.randn(batch, width, generator=torch.Generator().manual_seed(seed))
+
+
+def mean_square(*views: Tensor) -> Tensor:
+    return torch.stack([view.square().mean() for view in views]).mean()
+
+
+def make(base: Callable[..., Tensor] = mean_square, **options: object) -> ClimbLoss:
+    settings: dict[str, object] = {"heads": GaussianHead(6), "beta": 0.1, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a learned prior says that the loss owns it
+        return ClimbLoss(base, **settings)  # type: ignore[arg-type]
+
+
+def gaussian_of(head: GaussianHead, embedding: Tensor) -> Independent:
+    mean, logvar = head.posterior(embedding)
+    return Independent(Normal(mean, torch.exp(logvar / 2)), 1)
+
+
+class StatefulLoss(nn.Module):
+    """A loss with a buffer, an attribute and a parameter, like those of lightly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(3))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.temperature = 0.1
+
+    def forward(self, view: Tensor, factor: float = 1.0) -> Tensor:
+        self.center += 1
+        return factor * self.scale * view.square().mean()
+
+
+class TestValue:
+    @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+    @pytest.mark.parametrize("prior", PRIORS)
+    def test_equals_the_formula_by_torch_distributions(self, prior: str, alpha: float) -> None:
+        loss = make(prior=prior, alpha=alpha, beta=0.3)
+        (head,) = loss.heads
+        nn.init.normal_(head.logvar.weight, generator=torch.Generator().manual_seed(9))
+        inputs = [rows(seed=seed) for seed in range(3)]
+        samples = [head(view) for view in inputs]
+        total = loss(*samples)
+
+        views = [gaussian_of(head, view) for view in inputs]
+        if prior == "view":
+            pairs = [(p, q) for p in views for q in views if p is not q]
+            rate = torch.stack([kl_divergence(p, q) for p, q in pairs]).mean()
+        else:  # the learned prior starts at N(0, I)
+            normal = Independent(Normal(torch.zeros(6), torch.ones(6)), 1)
+            rate = torch.stack([kl_divergence(p, normal) for p in views]).mean()
+        entropy = torch.stack([p.entropy() for p in views]).mean()
+        base = mean_square(*samples)
+        torch.testing.assert_close(total, base + 0.3 * (rate + alpha * entropy))
+        torch.testing.assert_close(loss.terms.rate, rate.detach())
+        torch.testing.assert_close(loss.terms.entropy, entropy.detach())
+        assert torch.equal(loss.terms.base, base.detach())
+        assert torch.equal(loss.terms.total, total.detach())
+        assert loss.terms.beta.item() == 0.3
+
+    @given(batch=st.integers(1, 5), copies=st.integers(1, 4), prior=st.sampled_from(PRIORS[:2]))
+    def test_beta_means_the_same_at_any_batch_size_and_number_of_views(
+        self, batch: int, copies: int, prior: str
+    ) -> None:
+        loss = make(prior=prior)
+        (head,) = loss.heads
+        view = rows(batch)
+        loss(head(view))
+        one = loss.terms.rate
+        loss(*[head(view.repeat(copies, 1)) for _ in range(copies)])
+        torch.testing.assert_close(loss.terms.rate, one)
+
+    def test_every_sample_counts_the_same_when_views_differ_in_size(self) -> None:
+        loss = make()
+        (head,) = loss.heads
+        large, small = rows(6), rows(2, seed=1)
+        loss(head(large), head(small))
+        in_parts = loss.terms.rate
+        loss(head(torch.cat([large, small])))
+        torch.testing.assert_close(in_parts, loss.terms.rate)
+
+    def test_tokens_count_like_samples(self) -> None:
+        loss = make()
+        (head,) = loss.heads
+        loss(head(rows(12).reshape(3, 4, 6)))
+        as_tokens = loss.terms.rate
+        loss(head(rows(12)))
+        torch.testing.assert_close(as_tokens, loss.terms.rate)
+
+    def test_rates_of_several_heads_add_up(self) -> None:
+        heads = [GaussianHead(6, seed=1), GaussianHead(4, seed=2)]
+        loss = make(heads=heads)
+        loss(heads[0](rows()), heads[1](rows(width=4)))
+        together = loss.terms.rate
+        alone = []
+        for head, width in zip(heads, (6, 4), strict=True):
+            single = make(heads=head)
+            single(head(rows(width=width)))
+            alone.append(single.terms.rate)
+        torch.testing.assert_close(together, sum(alone))
+
+    def test_heads_in_a_row_are_both_found(self) -> None:
+        first, second = GaussianHead(6, seed=1), GaussianHead(6, seed=2)
+        loss = make(heads=[first, second])
+        loss(second(first(rows())))
+        alone = make(heads=first)
+        alone(first(rows()))
+        assert loss.terms.rate > 1.5 * alone.terms.rate
+
+    @pytest.mark.parametrize("prior", PRIORS)
+    def test_gradient_depends_on_beta_and_is_linear_in_it(self, prior: str) -> None:
+        gradients = []
+        for beta in (0.0, 1.0, 2.0):
+            loss = make(prior=prior, beta=beta, heads=GaussianHead(6, seed=3))
+            (head,) = loss.heads
+            loss(head(rows(seed=1)), head(rows(seed=2))).backward()
+            assert head.logvar.weight.grad is not None
+            gradients.append(head.logvar.weight.grad)
+        assert not torch.equal(gradients[0], gradients[1])
+        torch.testing.assert_close(gradients[2] - gradients[1], gradients[1] - gradients[0])
+
+    def test_learned_prior_is_trained_through_the_loss(self) -> None:
+        loss = make(prior="learned")
+        (head,) = loss.heads
+        loss(head(rows() + 1)).backward()
+        parameters = dict(loss.named_parameters())
+        assert len(parameters) == 2
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+    @pytest.mark.parametrize("prior", ["standard", "view"])
+    def test_the_loss_owns_no_other_parameters(self, prior: str) -> None:
+        assert list(make(prior=prior).parameters()) == []
+
+    def test_a_learned_prior_says_that_it_belongs_to_the_optimiser(self) -> None:
+        with pytest.warns(UserWarning, match=r"add list\(loss.parameters\(\)\) to the optimiser"):
+            ClimbLoss(mean_square, heads=GaussianHead(6), beta=0.1, prior="learned")
+
+    def test_beta_zero_with_a_head_is_the_base_loss_to_the_bit(self) -> None:
+        loss = make(beta=0.0)
+        (head,) = loss.heads
+        sample = head(rows())
+        assert torch.equal(loss(sample), mean_square(sample))
+        assert loss.terms.rate > 0
+
+    def test_beta_zero_without_heads_is_the_base_loss(self) -> None:
+        loss = make(heads=(), beta=0)
+        view = rows().requires_grad_()
+        assert torch.equal(loss(view), mean_square(view))
+        assert math.isnan(loss.terms.rate)
+
+    def test_terms_are_detached_scalars(self) -> None:
+        loss = make()
+        (head,) = loss.heads
+        loss(head(rows()))
+        assert isinstance(loss.terms, ClimbTerms)
+        for name, term in loss.terms._asdict().items():
+            assert term.shape == (), name
+            assert not term.requires_grad, name
+
+
+class TestWhichPosteriorsCount:
+    def test_an_output_that_is_not_used_does_not(self) -> None:
+        loss = make()
+        (head,) = loss.heads
+        stale = head(100 * rows(seed=5))
+        fresh = head(rows())
+        loss(fresh)
+        alone = loss.terms.rate
+        loss(head(rows()))
+        assert torch.equal(loss.terms.rate, alone)
+        assert stale.requires_grad
+
+    def test_a_criterion_called_once_per_view_counts_each_view_once(self) -> None:
+        """As in the scripts of BYOL, SimSiam and NNCLR."""
+        gradients = []
+        for once in (True, False):
+            loss = make(beta=0.7, heads=GaussianHead(6, seed=3))
+            (head,) = loss.heads
+            one, two = head(rows(seed=1)), head(rows(seed=2))
+            total = loss(one, two) if once else 0.5 * (loss(one) + loss(two))
+            total.backward()
+            assert loss.step == 1
+            gradients.append([p.grad for p in head.parameters()])
+        for whole, halves in zip(*gradients, strict=True):
+            torch.testing.assert_close(whole, halves)
+
+    def test_a_detached_output_does_not(self) -> None:
+        loss = make()
+        (head,) = loss.heads
+        loss(head(rows(seed=1)), head(100 * rows()).detach())
+        both = loss.terms.rate
+        loss(head(rows(seed=1)))
+        assert torch.equal(both, loss.terms.rate)
+
+    def test_after_an_error_in_the_base_the_next_step_is_clean(self) -> None:
+        def base(view: Tensor, fail: bool = False) -> Tensor:
+            if fail:
+                raise KeyError("of the base")
+            return view.square().mean()
+
+        loss = make(base)
+        (head,) = loss.heads
+        with pytest.raises(KeyError, match="of the base"):
+            loss(head(100 * rows()), fail=True)
+        loss(head(rows()))
+        torch.testing.assert_close(
+            loss.terms.rate,
+            kl_divergence(
+                gaussian_of(head, rows()), Independent(Normal(torch.zeros(6), torch.ones(6)), 1)
+            )
+            .mean()
+            .detach(),
+        )
+
+
+class TestEvaluation:
+    def test_without_gradients_it_is_the_base_loss(self) -> None:
+        loss = make()
+        (head,) = loss.heads
+        with torch.no_grad():
+            assert torch.equal(loss(head.eval()(rows())), mean_square(rows()))
+        assert math.isnan(loss.terms.rate)
+        assert loss.step == 0
+
+    def test_in_eval_without_a_graph_it_is_the_base_loss(self) -> None:
+        loss = make()
+        (head,) = loss.heads
+        assert torch.equal(loss(head.eval()(rows())), mean_square(rows()))
+
+    def test_training_on_a_head_in_eval_is_refused(self) -> None:
+        loss = make()
+        loss.heads[0].eval()
+        with pytest.raises(RuntimeError, match=r"eval mode.* call model\.train\(\)"):
+            loss(loss.heads[0](rows().requires_grad_()))
+
+
+class TestBase:
+    def test_arguments_pass_verbatim(self) -> None:
+        received: list[object] = []
+
+        def base(*args: object, **kwargs: object) -> Tensor:
+            received.append((args, kwargs))
+            assert isinstance(args[0], Tensor)
+            return args[0].mean()
+
+        loss = make(base)
+        sample = loss.heads[0](rows())
+        views, flag = [1, 2], object()
+        loss(sample, views, epoch=3, flag=flag)
+        ((args, kwargs),) = received
+        assert args[0] is sample
+        assert args[1] is views
+        assert kwargs == {"epoch": 3, "flag": flag}
+
+    def test_attributes_are_read_and_set_through_it(self) -> None:
+        loss = make(StatefulLoss())
+        assert loss.center is loss.base.center
+        loss.temperature = 0.5
+        assert loss.base.temperature == 0.5
+        assert loss.temperature == 0.5
+        with pytest.raises(AttributeError, match="no_such_thing"):
+            _ = loss.no_such_thing
+
+    def test_state_dict_is_that_of_the_base_both_ways(self) -> None:
+        plain, wrapped = StatefulLoss(), make(StatefulLoss())
+        plain(rows())
+        wrapped.load_state_dict(plain.state_dict())
+        assert torch.equal(wrapped.base.center, torch.ones(3))
+        wrapped(wrapped.heads[0](rows()))
+        fresh = StatefulLoss()
+        fresh.load_state_dict(wrapped.state_dict())
+        assert torch.equal(fresh.center, torch.full((3,), 2.0))
+        assert list(wrapped.state_dict()) == list(plain.state_dict())
+
+    def test_state_dict_inside_a_module(self) -> None:
+        outer = nn.ModuleDict({"criterion": make(StatefulLoss(), prior="learned")})
+        keys = set(outer.state_dict())
+        assert {"criterion.center", "criterion.scale"} < keys
+        assert sum("climb_priors" in key for key in keys) == 2
+        outer["criterion"].base.center += 5
+        twin = nn.ModuleDict({"criterion": make(StatefulLoss(), prior="learned")})
+        twin.load_state_dict(outer.state_dict())
+        assert torch.equal(twin["criterion"].center, torch.full((3,), 5.0))
+
+    @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_after_a_step(self, how: Callable[[nn.Module], nn.Module]) -> None:
+        model = nn.ModuleDict({"head": GaussianHead(6)})
+        model["loss"] = make(StatefulLoss(), heads=model["head"])
+        model["loss"](model["head"](rows())).backward()
+        twin = how(model)
+        assert twin["loss"].heads[0] is twin["head"]
+        assert twin["loss"].step == 1
+        values = [m["loss"](m["head"](rows())) for m in (model, twin)]
+        assert torch.equal(*values)
+
+
+class TestSchedule:
+    def train(self, loss: ClimbLoss, steps: int) -> list[float]:
+        betas = []
+        for _ in range(steps):
+            loss(loss.heads[0](rows())).backward()
+            betas.append(loss.terms.beta.item())
+        return betas
+
+    def test_counts_steps(self) -> None:
+        loss = make(beta=Linear(1.0, warmup=4))
+        assert self.train(loss, 6) == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+        assert loss.beta == 1.0
+
+    def test_resuming_continues_it(self) -> None:
+        first = make(beta=Linear(1.0, warmup=4))
+        self.train(first, 2)
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        resumed = make(beta=Linear(1.0, warmup=4))
+        resumed.load_state_dict(torch.load(file, weights_only=True))
+        assert resumed.beta == 0.5
+        assert self.train(resumed, 2) == self.train(first, 2) == [0.5, 0.75]
+
+    def test_set_step_says_what_comes_next(self) -> None:
+        """Gradient accumulation over two batches."""
+        loss = make(beta=Linear(1.0, warmup=2))
+        betas = []
+        for batch in range(4):
+            loss.set_step(batch // 2)
+            betas += self.train(loss, 1)
+        assert betas == [0.0, 0.0, 0.5, 0.5]
+
+    def test_another_setting_on_resume_warns_with_both_values(self) -> None:
+        state = make(beta=0.1, alpha=0.5).state_dict()
+        with pytest.warns(UserWarning, match=r"alpha was 0\.5 .* and is 0\.0 now"):
+            make(beta=0.1).load_state_dict(state)
+        with pytest.warns(
+            UserWarning, match=r"beta was Constant\(beta=0\.1\) .* Constant\(beta=0\.2\) now"
+        ):
+            make(beta=0.2, alpha=0.5).load_state_dict(state)
+
+    def test_a_state_without_a_step_warns_where_it_matters(self) -> None:
+        make(StatefulLoss()).load_state_dict(StatefulLoss().state_dict())
+        ramped = make(StatefulLoss(), beta=Linear(1.0, warmup=4))
+        with pytest.warns(UserWarning, match="no CLIMB step"):
+            ramped.load_state_dict(StatefulLoss().state_dict())
+
+    def test_a_schedule_of_the_users_own_is_checked(self) -> None:
+        loss = make(beta=lambda step: 0.1 - step)
+        self.train(loss, 1)
+        with pytest.raises(ValueError, match=r"schedule's beta must be .* got -0\.9"):
+            self.train(loss, 1)
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize("beta", [-0.1, math.nan, math.inf])
+    def test_beta(self, beta: float) -> None:
+        with pytest.raises(ValueError, match="beta must be finite and not negative, got"):
+            make(beta=beta)
+
+    @pytest.mark.parametrize("alpha", [-0.1, math.nan])
+    def test_alpha(self, alpha: float) -> None:
+        with pytest.raises(ValueError, match="alpha must be finite and not negative, got"):
+            make(alpha=alpha)
+
+    @pytest.mark.parametrize(("heads", "beta"), [(GaussianHead(6), 0.1), ((), 0.0)])
+    def test_prior(self, heads: object, beta: float) -> None:
+        with pytest.raises(ValueError, match="'standard', 'learned', 'view', got 'normal'"):
+            make(prior="normal", heads=heads, beta=beta)
+
+    def test_base(self) -> None:
+        with pytest.raises(TypeError, match="a loss that can be called, got 'dino'"):
+            make("dino")  # type: ignore[arg-type]
+
+    def test_heads(self) -> None:
+        with pytest.raises(TypeError, match="GaussianHeads, got Linear"):
+            make(heads=nn.Linear(6, 6))
+        with pytest.raises(TypeError, match="pass the student's"):
+            make(heads=GaussianHead(6).teacher())
+        with pytest.raises(ValueError, match=r"beta=0\.1 has nothing to act on"):
+            make(heads=[])
+        head = GaussianHead(6)
+        with pytest.raises(ValueError, match="same head twice"):
+            make(heads=[head, head])
+
+    def test_called_before_the_head(self) -> None:
+        with pytest.raises(RuntimeError, match=r"no sample of heads\[0\], GaussianHead\(6, 6"):
+            make()(rows())
+
+    def test_the_head_that_was_not_called_is_named(self) -> None:
+        heads = [GaussianHead(6, seed=1), GaussianHead(6, seed=2)]
+        loss = make(heads=heads)
+        with pytest.raises(RuntimeError, match=r"no sample of heads\[1\]") as error:
+            loss(heads[0](rows()))
+        assert "heads[0]" not in str(error.value)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_non_finite_embedding_is_named(self, value: float) -> None:
+        loss = make(lambda view: view.nan_to_num(0, 0, 0).mean())
+        embedding = rows()
+        embedding[2, 3] = value
+        with pytest.raises(ValueError, match=r"rate \(now .*embedding or its mean of heads\[0\]"):
+            loss(loss.heads[0](embedding))
+        assert torch.isfinite(loss(loss.heads[0](rows())))
+
+    def test_non_finite_base_is_named(self) -> None:
+        loss = make(lambda view: view.mean() / 0)
+        with pytest.raises(ValueError, match=r"not finite: base loss \(now -?inf\)\. "):
+            loss(loss.heads[0](rows()))
+
+    def test_base_that_returns_no_scalar(self) -> None:
+        loss = make(lambda view: view.mean(dim=1))
+        with pytest.raises(ValueError, match=r"scalar tensor, got shape \(8,\)"):
+            loss(loss.heads[0](rows()))
+
+    @pytest.mark.parametrize("value", [0.5, {"loss": torch.zeros(())}, None])
+    def test_base_that_returns_no_tensor(self, value: object) -> None:
+        loss = make(lambda view: value)
+        with pytest.raises(TypeError, match=f"scalar tensor, got {type(value).__name__}"):
+            loss(loss.heads[0](rows()))
+
+    def test_view_prior_with_one_view(self) -> None:
+        loss = make(prior="view")
+        with pytest.raises(ValueError, match=r"saw one forward call .* shape \(8, 6\)"):
+            loss(loss.heads[0](rows()))
+
+    def test_view_prior_with_views_of_different_sizes(self) -> None:
+        loss = make(prior="view")
+        (head,) = loss.heads
+        with pytest.raises(ValueError, match=r"have shapes \[\(8, 6\), \(4, 6\)\]"):
+            loss(head(rows()), head(rows(4)))
+
+    def test_terms_before_the_first_call(self) -> None:
+        with pytest.raises(RuntimeError, match="call the loss first"):
+            _ = make().terms
+
+    @pytest.mark.parametrize("step", [-1, 1.5, True])
+    def test_set_step(self, step: object) -> None:
+        with pytest.raises(ValueError, match="step must be an int of 0 or more, got"):
+            make().set_step(step)  # type: ignore[arg-type]
