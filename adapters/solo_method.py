@@ -43,6 +43,7 @@ class ClimbMethod:
         # In a tuple: as a submodule the loss would add keys to the checkpoint.
         self._climb: tuple[ClimbLoss, ...] = ()
         self._climb_grown: dict[str, Any] | None = None
+        self._climb_frozen: Mapping[str, Any] | None = None
         if keys is not None and keys.on:
             self._climb = (_put_in(model, keys),)
             if keys.prior == "learned":
@@ -95,9 +96,18 @@ class ClimbMethod:
         if trainer.is_global_zero:
             print(self._climb_in_force(), flush=True)
 
+    def on_train_epoch_start(self) -> None:
+        """Goes on with the random numbers of the checkpoint, where one was resumed."""
+        host: Any = super()
+        # Lightning first ends the saved epoch once more; what counts is the start of the next.
+        if self._climb_frozen is not None:
+            thaw_host(self, self._climb_frozen)
+        host.on_train_epoch_start()
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """The method's step, its loss with the bottleneck."""
         host: Any = super()
+        self._climb_frozen = None
         outcome = host.training_step(batch, batch_idx)
         loss = self.climb
         if loss is None:
@@ -133,7 +143,7 @@ class ClimbMethod:
         now = self._climb_keys.named() if self.climb is not None and self._climb_keys else None
         warn_of_changes(None if saved is None else saved["keys"], now)
         if saved is not None and now is not None:
-            thaw_host(self, saved["host"])
+            self._climb_frozen = saved["host"]
         elif now is not None:
             self._climb_grown = checkpoint
 
