@@ -29,9 +29,9 @@ def warn_of_changes(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | No
     if not changed:
         return
     if saved is None:
+        beta = changed["climb_beta"][1]
         print(
-            "CLIMB: this checkpoint was trained without it; the head starts now, "
-            f"{', '.join(f'{key}={value}' for key, (_, value) in changed.items())}.",
+            f"CLIMB: this checkpoint was trained without it; climb_beta={beta} from here on.",
             flush=True,
         )
         return
@@ -82,11 +82,13 @@ def grow(checkpoint: dict[str, Any], configured: Any, new: Sequence[nn.Parameter
         place = 0
         for number, group in enumerate(optimizer.param_groups):
             if all(id(parameter) in ids for parameter in group["params"]):
-                settings = {key: value for key, value in group.items() if key != "params"}
+                # Where the schedule has brought the first group by now.
+                own = {key: group[key] for key in ("name", "weight_decay")}
+                settings = {**state["param_groups"][0], **own}
                 state["param_groups"].insert(number, settings)
                 for scheduler in checkpoint["lr_schedulers"]:
                     scheduler["base_lrs"].insert(number, group["initial_lr"])
-                    scheduler["_last_lr"].insert(number, group["lr"])
+                    scheduler["_last_lr"].insert(number, settings["lr"])
             indices = []
             for parameter in group["params"]:
                 if id(parameter) not in ids:
