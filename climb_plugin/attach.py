@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from climb_plugin.graph import eager
-from climb_plugin.head import GaussianHead, TeacherHead
+from climb_plugin.head import GaussianHead
+from climb_plugin.probe import Probe, end_of_projection, first_layer, input_width
 
 NAME = "gaussian"
 """Name of the submodule that holds the head."""
 
 PLACES = ("projection", "features")
-
-# Far below 1, so that a normalisation with an epsilon inside a hidden layer (LayerNorm) is told
-# from an L2 normalisation of the embedding; a power of two, so that the latter is exact.
-_PROBE_SCALE = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,9 @@ class Placement:
     def make_head(self, *, init_std: float) -> GaussianHead:
         """A head that fits, on the device and in the dtype of the student; not in place yet."""
         parameter = next(self.student.parameters())
-        # Several heads of one model shall not draw the same noise.
-        weights = parameter.detach().flatten()[:64].to("cpu", torch.float32)
+        # Several heads of one model shall not draw the same noise. Biases start all alike.
+        matrix = next((p for p in self.student.parameters() if p.ndim > 1), parameter)
+        weights = matrix.detach().flatten()[:64].to("cpu", torch.float32)
         seed = torch.initial_seed() ^ zlib.crc32(weights.numpy().tobytes())
         head = GaussianHead(self.width, init_std=init_std, seed=seed)
         return head.to(parameter.device, parameter.dtype)
@@ -106,9 +103,10 @@ def find_place(
     """Finds where :func:`attach` puts its head, and changes nothing.
 
     The place is found by what the module does: it runs on two random rows (in ``eval()``,
-    without gradients, without touching torch's random numbers). Where rescaling the output of a
-    submodule leaves the result as it is, an L2 normalisation follows, and the Gaussian belongs
-    before it.
+    without gradients, without touching torch's random numbers or its buffers). Where rescaling
+    the output of a submodule leaves the result as it is, and changing its sign changes that of
+    the result (up to a bias), an L2 normalisation follows, perhaps with prototypes, and the
+    Gaussian belongs before it.
 
     Args:
         student: As in :func:`attach`.
@@ -121,25 +119,31 @@ def find_place(
     """
     if at not in PLACES:
         raise ValueError(f"at must be one of {', '.join(map(repr, PLACES))}, got {at!r}.")
-    for role, module in (("student", student), ("teacher", teacher)):
-        if module is not None:
-            _check_module(role, module)
+    _check_module("student", student)
     if teacher is not None:
+        _check_module("teacher", teacher)
         _check_pair(student, teacher)
-    width = _input_width(student)
+    width = input_width(student)
+    probe = Probe(student, width)
     if at == "features":
-        path, before = _first_layer(student), True
+        path, before = first_layer(student), True
     else:
-        path, before, width = _end_of_projection(student, width)
+        path, before, width = end_of_projection(probe)
+    if hasattr(student.get_submodule(path), NAME):
+        raise ValueError(
+            f"{NAME!r} is what the head is called in its place, and {path or 'student'} has an "
+            "attribute of that name: rename yours."
+        )
     return Placement(student, teacher, path, before, width)
 
 
 def _check_module(role: str, module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{role} must be a torch module, got {type(module).__name__}.")
-    if isinstance(module, nn.parallel.DistributedDataParallel):
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(module, parallel) or hasattr(module, "_orig_mod"):  # torch.compile's
         raise ValueError(
-            f"{role} is wrapped in DistributedDataParallel, which would not see the new "
+            f"{role} is wrapped in {type(module).__name__}, which would not see the new "
             "parameters: wrap the loss first, then the model."
         )
     if any(isinstance(part, GaussianHead) for part in module.modules()):
@@ -150,9 +154,9 @@ def _check_module(role: str, module: nn.Module) -> None:
 
 
 def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
-    storages = {p.untyped_storage().data_ptr(): name for name, p in student.named_parameters()}
-    for name, parameter in teacher.named_parameters():
-        address = parameter.untyped_storage().data_ptr()
+    storages = {t.untyped_storage().data_ptr(): name for name, t in _named_tensors(student)}
+    for name, tensor in _named_tensors(teacher):
+        address = tensor.untyped_storage().data_ptr()
         if address and address in storages:
             raise ValueError(
                 f"student and teacher share storage ({storages[address]} and {name}), so the "
@@ -173,106 +177,9 @@ def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
-def _input_width(module: nn.Module) -> int:
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            if part.in_features:
-                return part.in_features
-            raise ValueError("the projection head is lazy: run one batch through the model first.")
-    raise ValueError(
-        f"no linear layer tells the width of {type(module).__name__}: put a GaussianHead(width) "
-        "into your module where its embedding is, and use ClimbLoss(loss, heads=...)."
-    )
-
-
-def _first_layer(module: nn.Module) -> str:
-    """Path of what first sees the input; a Sequential itself cannot hold a head before it."""
-    path: list[str] = []
-    while isinstance(module, nn.Sequential) and len(module):
-        name, module = next(iter(module.named_children()))
-        path.append(name)
-    return ".".join(path)
-
-
-def _end_of_projection(module: nn.Module, input_width: int) -> tuple[str, bool, int]:
-    """(path, before, width) of the end of the projection MLP."""
-    parameter = next(module.parameters())
-    if parameter.is_meta:
-        raise ValueError("the projection head is on the meta device: materialise it first.")
-    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    rows = torch.randn(2, input_width, generator=torch.Generator().manual_seed(0))
-    rows = rows.to(parameter.device, wide)
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad(), _widened(module):
-            output, widths = _probe(module, rows)
-            # Of those that a normalisation follows, the last: what comes after it is the head's.
-            for path in reversed(widths):
-                if torch.equal(_probe(module, rows, scaled=path)[0], output):
-                    return path, False, widths[path]
-            if torch.equal(_probe(module, rows * _PROBE_SCALE)[0], output):
-                return _first_layer(module), True, input_width
-            return "", False, output.shape[-1]
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-def _probe(
-    module: nn.Module, rows: Tensor, *, scaled: str | None = None
-) -> tuple[Tensor, dict[str, int]]:
-    """Runs ``module``; returns its output and the widths of its parts, in order of completion."""
-    widths: dict[str, int] = {}
-
-    def watch(path: str) -> Any:
-        def hook(_: nn.Module, args: object, output: object) -> object:
-            if not isinstance(output, Tensor) or output.ndim != 2:
-                return None
-            widths[path] = output.shape[-1]
-            return output * _PROBE_SCALE if path == scaled else None
-
-        return hook
-
-    parts = [(path, part) for path, part in module.named_modules() if path]
-    handles = [part.register_forward_hook(watch(path)) for path, part in parts]
-    try:
-        output = module(rows)
-    except Exception as error:
-        raise ValueError(
-            f"{type(module).__name__} could not be run on a batch of shape {tuple(rows.shape)} to "
-            f"find where its embedding is ({error}): put a GaussianHead(width) into it yourself, "
-            "and use ClimbLoss(loss, heads=...)."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        received = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"{type(module).__name__} must map (B, {rows.shape[-1]}) to (B, D), it returned "
-            f"{received}: put a GaussianHead(width) into it yourself, and use "
-            "ClimbLoss(loss, heads=...)."
-        )
-    return output, widths
-
-
-@contextmanager
-def _widened(module: nn.Module) -> Iterator[None]:
-    """Half precision as float32 for a while: it would blur what the probe tells apart."""
-    halves = [
-        tensor
-        for tensor in (*module.parameters(), *module.buffers())
-        if tensor.dtype in (torch.float16, torch.bfloat16)
-    ]
-    originals = [tensor.data for tensor in halves]
-    try:
-        for tensor in halves:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, original in zip(halves, originals, strict=True):
-            tensor.data = original
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _hang(module: nn.Module, head: GaussianHead, *, before: bool) -> None:
@@ -304,9 +211,15 @@ class _OptimizerWatch:
         self._parameters = (reference, head.logvar.bias)
         self._versions: tuple[int, ...] | None = None
         self._handle = head.register_forward_hook(self)
+        # A checkpoint of the plain model moves the projection head alone, and rightly so.
+        head.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            self._start_anew
+        )
 
     @eager
     def __call__(self, head: GaussianHead, args: tuple[Any, ...], output: Tensor) -> None:
+        if not head.logvar.bias.requires_grad:  # frozen by the user
+            return
         if self._versions is None:
             if output.requires_grad:
                 output.register_hook(self._after_backward)
@@ -327,9 +240,9 @@ class _OptimizerWatch:
     def _after_backward(self, gradient: Tensor) -> None:
         self._versions = tuple(parameter._version for parameter in self._parameters)
 
+    def _start_anew(self, *_: object) -> None:
+        self._versions = None
+
     def __getstate__(self) -> dict[str, Any]:
         # The versions of a copy start anew.
         return {**self.__dict__, "_versions": None}
-
-
-__all__ = ["PLACES", "Placement", "TeacherHead", "attach", "find_place"]

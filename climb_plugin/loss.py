@@ -16,7 +16,7 @@ from climb_plugin.finite import FiniteCheck
 from climb_plugin.gaussian import conditional_entropy
 from climb_plugin.graph import tied
 from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead
-from climb_plugin.prior import make_priors, sample_mean
+from climb_plugin.prior import make_priors, per_sample
 from climb_plugin.schedule import Constant, Schedule, as_schedule, checked_beta
 
 _METADATA = "climb"
@@ -136,7 +136,7 @@ class ClimbLoss(nn.Module):
         """The base loss of these arguments, passed on verbatim, plus the bottleneck.
 
         Returns:
-            A scalar tensor.
+            A scalar tensor; a tensor with one element if that is what the base returns.
 
         Raises:
             RuntimeError: If a head is in training, but the base loss depends on none of its
@@ -147,19 +147,20 @@ class ClimbLoss(nn.Module):
                 names it. On CUDA that comes a step or so late, because the check does not wait
                 for the device.
         """
-        base = _checked_scalar(self.base(*args, **kwargs))
+        value = _checked_scalar(self.base(*args, **kwargs))
+        base = value.reshape(())
         beta = self.beta
         calls = self._posteriors(base)
         if not calls:
             nan = base.new_full((), math.nan)
             self._terms = _detached(base, base, nan, nan, beta)
-            return base
+            return value
         # One sum over heads: each head is a code of its own, and what they carry adds up.
         rate = torch.stack(
-            [prior(views) for prior, views in zip(self.climb_priors, calls, strict=True)]
+            [prior(views).mean() for prior, views in zip(self.climb_priors, calls, strict=True)]
         ).sum()
         entropy = torch.stack(
-            [sample_mean([conditional_entropy(*view) for view in views]) for views in calls]
+            [per_sample([conditional_entropy(*view) for view in views]).mean() for views in calls]
         ).sum()
         penalty = F.relu(rate - self.free_nats) if self.free_nats else rate
         if self.alpha:
@@ -169,7 +170,7 @@ class ClimbLoss(nn.Module):
             penalty.register_hook(_StepDone(self))
         total = base + beta * penalty
         self._terms = _detached(total, base, rate, entropy, beta)
-        return total
+        return total.reshape(value.shape)
 
     @property
     def heads(self) -> tuple[GaussianHead, ...]:
@@ -356,7 +357,7 @@ def _checked_scalar(value: Any) -> Tensor:
             f"the base loss must return a scalar tensor, got {type(value).__name__}: wrap a "
             "function that picks the scalar."
         )
-    if value.ndim != 0:
+    if value.numel() != 1:
         raise ValueError(
             f"the base loss must return a scalar tensor, got shape {tuple(value.shape)}: use its "
             "reduction='mean', or wrap a function that reduces it."

@@ -22,12 +22,15 @@ class StandardPrior(nn.Module):
     """N(0, I): the rate bounds I(z; v), what the embedding says about its view."""
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
-        """The rate in nats, averaged over the samples of all views.
+        """The rates in nats of the samples of all views.
 
         Args:
             posteriors: One per forward call of the head, each of shape (..., B, D).
+
+        Returns:
+            One rate per sample, in a vector.
         """
-        return sample_mean([kl_to_standard_normal(*posterior) for posterior in posteriors])
+        return per_sample([kl_to_standard_normal(*posterior) for posterior in posteriors])
 
 
 class LearnedPrior(nn.Module):
@@ -43,9 +46,9 @@ class LearnedPrior(nn.Module):
         self.raw_logvar = nn.Parameter(torch.full((dim,), unbound_logvar(0.0)))
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
-        """The rate in nats, averaged over the samples of all views."""
+        """The rates in nats of the samples of all views, in a vector."""
         prior_logvar = bound_logvar(self.raw_logvar.float())
-        return sample_mean(
+        return per_sample(
             [
                 kl_between(mean, logvar, self.mean.expand_as(mean), prior_logvar.expand_as(logvar))
                 for mean, logvar in posteriors
@@ -60,10 +63,13 @@ class ViewPrior(nn.Module):
     """
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
-        """The symmetric KL in nats, averaged over samples and pairs of views.
+        """The symmetric KLs in nats of all pairs of views of all images.
 
         Args:
             posteriors: One per view; row i of each belongs to the same image.
+
+        Returns:
+            One divergence per image and pair, in a vector.
 
         Raises:
             ValueError: If there are fewer than two views or their shapes differ.
@@ -81,7 +87,7 @@ class ViewPrior(nn.Module):
                 f"posteriors of this step have shapes {shapes}. Use prior='standard' or "
                 "'learned', or pass views of equal batch size."
             )
-        return sample_mean([symmetric_kl(*one, *two) for one, two in combinations(posteriors, 2)])
+        return per_sample([symmetric_kl(*one, *two) for one, two in combinations(posteriors, 2)])
 
 
 PRIORS: dict[str, Callable[[int], nn.Module]] = {
@@ -106,6 +112,6 @@ def make_priors(name: str, widths: Sequence[int]) -> list[nn.Module]:
     return [PRIORS[name](width) for width in widths]
 
 
-def sample_mean(per_sample: Sequence[Tensor]) -> Tensor:
-    """The mean over the samples of several tensors; each sample counts the same."""
-    return torch.cat([values.flatten() for values in per_sample]).mean()
+def per_sample(values: Sequence[Tensor]) -> Tensor:
+    """The samples of several tensors in one vector, so that in a mean each counts the same."""
+    return torch.cat([value.flatten() for value in values])

@@ -1,0 +1,1194 @@
+"""wrap(): where the Gaussian goes, what stays as it was, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss
+from lightly.models.modules import (
+    BYOLProjectionHead,
+    DINOProjectionHead,
+    SimCLRProjectionHead,
+    heads,
+)
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from climb_plugin import ClimbLoss, GaussianHead
+from climb_plugin.adapters.lightly import wrap
+from climb_plugin.schedule import Linear
+
+WIDTHS = {
+    "input_dim": 12,
+    "hidden_dim": 16,
+    "output_dim": 10,
+    "bottleneck_dim": 6,
+    "num_clusters": 20,
+}
+
+HEADS = [
+    item
+    for name, item in vars(heads).items()
+    if name.endswith("ProjectionHead") and item is not heads.ProjectionHead
+]
+
+Factory = Callable[[], nn.Module]
+
+
+def build(factory: Factory, *, seed: int = 0) -> nn.Module:
+    """A head with weights that are far from 0, the same for the same seed."""
+    torch.manual_seed(seed)
+    if factory in HEADS:
+        known = inspect.signature(factory).parameters.keys() & WIDTHS.keys()
+        head = factory(**{name: WIDTHS[name] for name in sorted(known)})
+    else:
+        head = factory()
+    for parameter in head.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.4)
+    return head
+
+
+def rows(count: int = 8, width: int = 12, *, seed: int = 1) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def first(*outputs: Tensor) -> Tensor:
+    """A loss that any head can be wrapped with."""
+    return torch.stack([output.square().mean() for output in outputs]).mean()
+
+
+def gaussian(module: nn.Module) -> GaussianHead:
+    (head,) = [part for part in module.modules() if isinstance(part, GaussianHead)]
+    return head
+
+
+def traced(module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(what the Gaussian was given, what it returned, what the module returned)."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = gaussian(module).register_forward_hook(
+        lambda _, args, output: seen.append((args[0], output))
+    )
+    output = module(images)
+    handle.remove()
+    ((given, sample),) = seen
+    return given, sample, output
+
+
+class TestEveryProjectionHead:
+    """Each class in ``lightly.models.modules.heads``, found there, not listed here."""
+
+    @staticmethod
+    def embed(plain: nn.Module, images: Tensor) -> Tensor:
+        """What lightly's heads normalise: the output of their MLP (CAPI's has none)."""
+        embedding: Tensor = plain.layers(images) if hasattr(plain, "layers") else images
+        return embedding
+
+    @staticmethod
+    def finish(plain: nn.Module, sample: Tensor) -> Tensor:
+        """What the plain head makes of an embedding."""
+        if hasattr(plain, "layers"):
+            plain.layers = nn.Identity()
+        output: Tensor = plain(sample)
+        return output
+
+    def test_there_are_some(self) -> None:
+        assert {"DINOProjectionHead", "SimCLRProjectionHead", "MSNProjectionHead"} <= {
+            head.__name__ for head in HEADS
+        }
+
+    @pytest.mark.parametrize("factory", HEADS)
+    def test_projection_is_between_the_mlp_and_what_follows_it(self, factory: Factory) -> None:
+        plain, student = build(factory), build(factory)
+        criterion = wrap(first, student=student, beta=1e-3)
+        given, sample, output = traced(student, rows())
+        expected = self.embed(plain, rows())
+        assert torch.equal(given, expected)
+        assert gaussian(student) is criterion.heads[0]
+        assert criterion.heads[0].out_features == expected.shape[-1]
+        assert torch.equal(output, self.finish(plain, sample))
+        assert 0.02 < (sample - given).std() < 0.5  # init_std is 0.1
+
+    @pytest.mark.parametrize("factory", HEADS)
+    def test_features_is_before_the_head(self, factory: Factory) -> None:
+        plain, student = build(factory), build(factory)
+        wrap(first, student=student, beta=1e-3, at="features")
+        given, sample, output = traced(student, rows())
+        assert torch.equal(given, rows())
+        assert torch.equal(output, plain(sample))
+        assert 0.02 < (sample - given).std() < 0.5
+
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    @pytest.mark.parametrize("factory", HEADS)
+    def test_a_tiny_std_changes_the_output_by_next_to_nothing(
+        self, factory: Factory, at: str
+    ) -> None:
+        plain, student = build(factory), build(factory)
+        wrap(first, student=student, beta=1e-3, at=at, init_std=5e-5)
+        expected, output = plain(rows()), student(rows())
+        assert not torch.equal(output, expected)
+        assert (output - expected).abs().max() < 0.01 * expected.std()
+
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    @pytest.mark.parametrize("factory", HEADS)
+    def test_eval_is_the_plain_head_bit_for_bit(self, factory: Factory, at: str) -> None:
+        plain, student = build(factory).eval(), build(factory)
+        wrap(first, student=student, beta=1e-3, at=at)
+        student.eval()
+        expected = plain(rows())
+        assert torch.equal(student(rows()), expected)
+        assert torch.equal(student(rows()), expected)
+
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    @pytest.mark.parametrize("factory", HEADS)
+    def test_the_teacher_has_the_layout_of_the_student_and_stays_plain(
+        self, factory: Factory, at: str
+    ) -> None:
+        plain, student, teacher = build(factory, seed=5), build(factory), build(factory, seed=5)
+        deactivate_requires_grad(teacher)
+        wrap(first, student=student, teacher=teacher, beta=1e-3, at=at)
+        layouts = [[(n, p.shape) for n, p in m.named_parameters()] for m in (student, teacher)]
+        assert layouts[0] == layouts[1]
+        assert len(layouts[0]) == len(list(plain.parameters())) + 2
+        assert not {t.data_ptr() for t in student.state_dict().values()} & {
+            t.data_ptr() for t in teacher.state_dict().values()
+        }
+        assert teacher.training
+        assert torch.equal(teacher(rows()), plain(rows()))
+        assert not any(p.requires_grad for p in teacher.parameters())
+
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    @pytest.mark.parametrize("factory", HEADS)
+    def test_the_layers_that_were_there_keep_their_keys(self, factory: Factory, at: str) -> None:
+        plain, student = build(factory), build(factory)
+        wrap(first, student=student, beta=1e-3, at=at)
+        state, known = student.state_dict(), plain.state_dict()
+        new = state.keys() - known.keys()
+        assert list(known) == [key for key in state if key not in new]
+        assert {key.rpartition("gaussian.")[2] for key in new} == {
+            "logvar.weight",
+            "logvar.bias",
+            "_extra_state",
+        }
+        other = build(factory, seed=3).state_dict()
+        result = student.load_state_dict(other, strict=False)
+        assert set(result.missing_keys) == new
+        assert result.unexpected_keys == []
+        loaded = student.state_dict()
+        assert [key for key in known if not torch.equal(loaded[key], other[key])] == []
+
+
+class TestDINOProjectionHead:
+    @pytest.fixture
+    def student(self) -> nn.Module:
+        torch.manual_seed(0)
+        return DINOProjectionHead(12, 16, 6, 20, freeze_last_layer=1)
+
+    @pytest.fixture
+    def teacher(self) -> nn.Module:
+        torch.manual_seed(1)
+        teacher = DINOProjectionHead(12, 16, 6, 20)
+        deactivate_requires_grad(teacher)
+        return teacher
+
+    @staticmethod
+    def backward(criterion: ClimbLoss, student: nn.Module, teacher: nn.Module) -> None:
+        views = rows(seed=1), rows(seed=2)
+        criterion([teacher(v) for v in views], [student(v) for v in views], epoch=0).backward()
+
+    def test_cancel_last_layer_gradients(self, student: nn.Module, teacher: nn.Module) -> None:
+        criterion = wrap(DINOLoss(20), student=student, teacher=teacher, beta=1e-3)
+        self.backward(criterion, student, teacher)
+        assert student.last_layer.weight_v.grad is not None
+        student.cancel_last_layer_gradients(current_epoch=1)
+        assert student.last_layer.weight_v.grad is not None
+        student.cancel_last_layer_gradients(current_epoch=0)
+        assert student.last_layer.weight_v.grad is None
+        assert all(p.grad is not None for p in gaussian(student).parameters())
+        assert all(p.grad is not None for p in student.layers.parameters())
+
+    def test_frozen_last_layer_stays(self, student: nn.Module, teacher: nn.Module) -> None:
+        criterion = wrap(DINOLoss(20), student=student, teacher=teacher, beta=1e-3)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        before = {name: p.detach().clone() for name, p in student.last_layer.named_parameters()}
+        self.backward(criterion, student, teacher)
+        student.cancel_last_layer_gradients(current_epoch=0)
+        optimizer.step()
+        for name, parameter in student.last_layer.named_parameters():
+            assert torch.equal(parameter, before[name]), name
+        assert student.freeze_last_layer == 1
+        assert not student.last_layer.weight_g.requires_grad
+
+    def test_update_momentum(self, student: nn.Module, teacher: nn.Module) -> None:
+        wrap(DINOLoss(20), student=student, teacher=teacher, beta=1e-3)
+        nn.init.ones_(gaussian(student).logvar.weight)
+        update_momentum(student, teacher, m=0.75)
+        assert torch.equal(
+            gaussian(teacher).logvar.weight, torch.full_like(gaussian(teacher).logvar.weight, 0.25)
+        )
+        update_momentum(student, teacher, m=0.0)
+        for (name, one), (_, other) in zip(
+            student.named_parameters(), teacher.named_parameters(), strict=True
+        ):
+            assert torch.equal(one, other), name
+
+    def test_keys(self, student: nn.Module, teacher: nn.Module) -> None:
+        wrap(DINOLoss(20), student=student, teacher=teacher, beta=1e-3)
+        layers = [f"layers.{i}.{name}" for i in (0, 2, 4) for name in ("weight", "bias")]
+        last = ["last_layer.weight_g", "last_layer.weight_v"]
+        new = [f"layers.gaussian.{n}" for n in ("logvar.weight", "logvar.bias", "_extra_state")]
+        for module in (student, teacher):
+            assert sorted(module.state_dict()) == sorted(layers + last + new)
+
+    def test_the_bottleneck_is_sampled_not_the_prototypes(self, student: nn.Module) -> None:
+        criterion = wrap(DINOLoss(20), student=student, beta=1e-3)
+        assert criterion.heads[0].in_features == criterion.heads[0].out_features == 6
+
+
+class L2(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=-1)
+
+
+class UserHead(nn.Module):
+    """A head of the user's own, in two halves: the Gaussian belongs between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(self.embed(x))
+
+    def embed(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def finish(self, z: Tensor) -> Tensor:
+        return z
+
+
+def halves(head: nn.Module) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    if isinstance(head, UserHead):
+        return head.embed, head.finish
+    if isinstance(head, nn.Sequential):
+        ends = [i for i, part in enumerate(head) if isinstance(part, L2)] or [len(head)]
+        return head[: ends[-1]], head[ends[-1] :]
+    return head, nn.Identity()
+
+
+class EndsNormalised(UserHead):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 6))
+
+    def embed(self, x: Tensor) -> Tensor:
+        z: Tensor = self.mlp(x)
+        return z
+
+    def finish(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=-1)
+
+
+class DividesByNorm(EndsNormalised):
+    """With an epsilon that is added, so that the normalisation is not exact."""
+
+    eps = 1e-6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prototypes = nn.Linear(6, 20, bias=False)
+
+    def finish(self, z: Tensor) -> Tensor:
+        logits: Tensor = self.prototypes(z / (z.norm(dim=-1, keepdim=True) + self.eps))
+        return logits / 0.1
+
+
+class OtherNames(UserHead):
+    """DINO's head with other names, a new-style weight_norm, a bias, and parts out of order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(12, 16)
+        self.codebook = nn.utils.parametrizations.weight_norm(nn.Linear(6, 20))
+        self.squeeze = nn.Linear(16, 6)
+        self.unused = nn.Linear(6, 6)
+
+    def embed(self, x: Tensor) -> Tensor:
+        z: Tensor = self.squeeze(F.gelu(self.stem(x)))
+        return z
+
+    def finish(self, z: Tensor) -> Tensor:
+        logits: Tensor = self.codebook(F.normalize(z, dim=-1))
+        return logits
+
+
+class NormalisesFirst(UserHead):
+    """Prototypes on normalised features: the head has no MLP of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prototypes = nn.Linear(12, 20)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return x
+
+    def finish(self, z: Tensor) -> Tensor:
+        logits: Tensor = self.prototypes(F.normalize(z, dim=-1))
+        return logits
+
+
+class NormalisesFirstThenMLP(EndsNormalised):
+    """An MLP on normalised features: its end is the end of the projection."""
+
+    def embed(self, x: Tensor) -> Tensor:
+        z: Tensor = self.mlp(F.normalize(x, dim=-1))
+        return z
+
+    def finish(self, z: Tensor) -> Tensor:
+        return z
+
+
+class Gated(UserHead):
+    """A branch that contributes nothing, or next to nothing, is not where the embedding is."""
+
+    gate = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip = nn.Linear(12, 6)
+        self.branch = nn.Linear(12, 6)
+
+    def embed(self, x: Tensor) -> Tensor:
+        z: Tensor = self.skip(x) + self.gate * self.branch(x)
+        return z
+
+
+class NearlyGated(Gated):
+    gate = 1e-4
+
+
+class OneActivation(UserHead):
+    """The same module twice in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(12, 16)
+        self.two = nn.Linear(16, 6)
+        self.activation = nn.GELU()
+        self.end = nn.Identity()
+
+    def embed(self, x: Tensor) -> Tensor:
+        z: Tensor = self.end(self.activation(self.two(self.activation(self.one(x)))))
+        return z
+
+    def finish(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=-1)
+
+
+class OneDropout(UserHead):
+    """The same module three times: a hook behind it could not tell the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(12, 12, bias=False)
+        self.two = nn.Linear(12, 12, bias=False)
+        self.dropout = nn.Dropout(0)
+
+    def embed(self, x: Tensor) -> Tensor:
+        z: Tensor = self.two(self.dropout(self.one(self.dropout(x))))
+        return z
+
+    def finish(self, z: Tensor) -> Tensor:
+        return F.normalize(self.dropout(z), dim=-1)
+
+
+class Residual(UserHead):
+    """Adds up, then normalises: no submodule ends in between, unless one is put there."""
+
+    def __init__(self, end: nn.Module | None = None) -> None:
+        super().__init__()
+        self.skip = nn.Linear(12, 6)
+        self.mlp = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 6))
+        self.end = end
+
+    def embed(self, x: Tensor) -> Tensor:
+        z: Tensor = self.skip(x) + self.mlp(x)
+        return z if self.end is None else self.end(z)
+
+    def finish(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=-1)
+
+
+class ResidualWithPrototypes(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.prototypes = nn.Linear(6, 20, bias=False)
+
+    def finish(self, z: Tensor) -> Tensor:
+        logits: Tensor = self.prototypes(F.normalize(z, dim=-1))
+        return logits
+
+
+def mlp(*behind: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 6), *behind)
+
+
+USER_HEADS: dict[str, Factory] = {
+    "linear": lambda: nn.Linear(12, 6),
+    "sequential": mlp,
+    "nested sequential": lambda: nn.Sequential(mlp(), nn.ReLU(), nn.Linear(6, 6)),
+    "base class": lambda: heads.ProjectionHead([(12, 16, None, nn.ReLU()), (16, 6, None, None)]),
+    "L2 module at the end": lambda: mlp(L2()),
+    "L2 module and prototypes": lambda: mlp(L2(), nn.Linear(6, 20)),
+    "activation before L2": lambda: mlp(nn.GELU(), L2()),
+    "BatchNorm at the end": lambda: mlp(nn.BatchNorm1d(6, affine=False)),
+    "BatchNorm before L2": lambda: mlp(nn.BatchNorm1d(6), L2()),
+    "BatchNorm at the input": lambda: nn.Sequential(nn.BatchNorm1d(12), *mlp()),
+    "hidden LayerNorm": lambda: nn.Sequential(
+        nn.Linear(12, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 6)
+    ),
+    "hidden LayerNorm, no activation": lambda: nn.Sequential(
+        nn.Linear(12, 16), nn.LayerNorm(16), nn.Linear(16, 6)
+    ),
+    "LayerNorm at the end": lambda: mlp(nn.LayerNorm(6)),
+    "ends normalised": EndsNormalised,
+    "divides by norm": DividesByNorm,
+    "other names": OtherNames,
+    "normalises first": NormalisesFirst,
+    "normalises first, then MLP": NormalisesFirstThenMLP,
+    "gate at 0": Gated,
+    "gate near 0": NearlyGated,
+    "one activation": OneActivation,
+    "one dropout": OneDropout,
+    "residual": lambda: Residual(nn.Identity()),
+}
+
+
+class TestHeadsOfTheUsersOwn:
+    @pytest.mark.parametrize("name", USER_HEADS)
+    def test_projection_is_before_the_normalisation(self, name: str) -> None:
+        plain, student = build(USER_HEADS[name]), build(USER_HEADS[name])
+        criterion = wrap(first, student=student, beta=1e-3)
+        given, sample, output = traced(student, rows())
+        embed, finish = halves(plain)
+        torch.testing.assert_close(given, embed(rows()), rtol=0, atol=0)
+        torch.testing.assert_close(output, finish(sample), rtol=0, atol=0)
+        assert criterion.heads[0].out_features == given.shape[-1]
+        assert not torch.equal(given, sample)
+
+    @pytest.mark.parametrize("name", USER_HEADS)
+    def test_features_is_before_the_head(self, name: str) -> None:
+        plain, student = build(USER_HEADS[name]), build(USER_HEADS[name])
+        wrap(first, student=student, beta=1e-3, at="features")
+        given, sample, output = traced(student, rows())
+        assert torch.equal(given, rows())
+        assert torch.equal(output, plain(sample))
+        assert not torch.equal(given, sample)
+
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    @pytest.mark.parametrize("name", USER_HEADS)
+    def test_eval_is_the_plain_head_and_the_teacher_too(self, name: str, at: str) -> None:
+        plain, student, teacher = (build(USER_HEADS[name]) for _ in range(3))
+        wrap(first, student=student, teacher=teacher, beta=1e-3, at=at)
+        for module in (plain, student, teacher):
+            module.eval()
+        assert torch.equal(student(rows()), plain(rows()))
+        assert torch.equal(teacher(rows()), plain(rows()))
+        for module in (plain, teacher):
+            module.train()
+        assert torch.equal(teacher(rows()), plain(rows()))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize(
+        "name", ["L2 module at the end", "hidden LayerNorm", "divides by norm"]
+    )
+    def test_other_dtypes_find_the_same_place(self, name: str, dtype: torch.dtype) -> None:
+        plain, student = build(USER_HEADS[name]).to(dtype), build(USER_HEADS[name]).to(dtype)
+        wrap(first, student=student, beta=1e-3)
+        given, sample, _ = traced(student, rows().to(dtype))
+        assert torch.equal(given, halves(plain)[0](rows().to(dtype)))
+        assert sample.dtype == dtype
+        assert {p.dtype for p in student.parameters()} == {dtype}
+
+    def test_rows_of_tokens_are_sampled_like_rows_of_a_batch(self) -> None:
+        student = build(NormalisesFirst)
+        criterion = wrap(first, student=student, beta=1e-3)
+        criterion(student(rows(24).reshape(4, 6, 12))).backward()
+        assert criterion.terms.rate > 0
+
+    def test_a_flattening_first_layer_comes_before_the_features(self) -> None:
+        student = build(lambda: nn.Sequential(nn.Flatten(), *mlp()))
+        wrap(first, student=student, beta=1e-3, at="features")
+        given, _, _ = traced(student, rows().reshape(8, 12, 1, 1))
+        assert torch.equal(given, rows())
+
+    def test_two_outputs_do_for_the_features(self) -> None:
+        class Both(EndsNormalised):
+            def forward(self, x: Tensor) -> Any:
+                z = self.embed(x)
+                return z, self.finish(z)
+
+        student = build(Both)
+        criterion = wrap(lambda both: first(*both), student=student, beta=1e-3, at="features")
+        criterion(student(rows())).backward()
+        assert criterion.terms.rate > 0
+
+    def test_the_search_leaves_buffers_modes_and_random_numbers_alone(self) -> None:
+        class Restless(EndsNormalised):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("calls", torch.zeros(()))
+
+            def embed(self, x: Tensor) -> Tensor:
+                self.calls += 1
+                return super().embed(x + torch.randn_like(x))
+
+        student = build(Restless)
+        student.mlp[1].eval()
+        modes = [part.training for part in student.modules()]
+        state = torch.get_rng_state()
+        wrap(first, student=student, beta=0)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert student.calls == 0
+        assert [part.training for part in student.modules()] == modes
+        assert all(p.grad is None for p in student.parameters())
+
+    def test_heads_of_one_model_draw_different_noise(self) -> None:
+        def starts_alike() -> nn.Module:
+            return nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 6))
+
+        samples = []
+        for seed in (0, 1):
+            student = build(starts_alike, seed=seed)
+            torch.manual_seed(0)
+            wrap(first, student=student, beta=1e-3)
+            given, sample, _ = traced(student, rows())
+            samples.append(sample - given)
+        assert not torch.allclose(samples[0], samples[1], atol=0.01)
+
+
+def aliased(student: nn.Module) -> nn.Module:
+    teacher = build(mlp, seed=1)
+    teacher[2].bias = student[2].bias
+    return teacher
+
+
+def aliased_view(student: nn.Module) -> nn.Module:
+    teacher = build(mlp, seed=1)
+    teacher[2].weight = nn.Parameter(student[2].weight.data.view(6, 16))
+    return teacher
+
+
+def aliased_buffer(student: nn.Module) -> nn.Module:
+    teacher = build(lambda: mlp(nn.BatchNorm1d(6, affine=False)), seed=1)
+    teacher[3] = student[3]
+    return teacher
+
+
+class TwoArguments(EndsNormalised):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        return self.embed(x + y)
+
+
+class TwoOutputs(EndsNormalised):
+    def forward(self, x: Tensor) -> Any:
+        return self.embed(x), x
+
+
+class DifferentWidth(EndsNormalised):
+    """Its first linear layer by name is not the one that sees the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential()
+        self.last = nn.Linear(6, 6)
+        self.first = nn.Linear(12, 6)
+
+    def embed(self, x: Tensor) -> Tensor:
+        z: Tensor = self.last(self.first(x))
+        return z
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+# Name -> (student, teacher of the student, options, exception, message).
+Refusal = tuple[Factory, Callable[[nn.Module], Any] | None, dict[str, Any], type[Exception], str]
+REFUSALS: dict[str, Refusal] = {
+    "same module": (mlp, lambda s: s, {}, ValueError, r"share storage \(0\.weight and 0\.weight\)"),
+    "aliased parameter": (
+        mlp,
+        aliased,
+        {},
+        ValueError,
+        r"share storage \(2\.bias and 2\.bias\).* build a second projection head",
+    ),
+    "aliased view": (mlp, aliased_view, {}, ValueError, r"share storage \(2\.weight and 2\.weig"),
+    "aliased buffer": (
+        lambda: mlp(nn.BatchNorm1d(6, affine=False)),
+        aliased_buffer,
+        {},
+        ValueError,
+        r"share storage \(3\.running_mean and 3\.running_mean\)",
+    ),
+    "teacher of other width": (
+        mlp,
+        lambda _: nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 7)),
+        {},
+        ValueError,
+        r"same parameters in the same order.*\('2\.weight', \(6, 16\)\).*\(7, 16\).*same arguments",
+    ),
+    "teacher in other order": (
+        lambda: nn.ModuleDict({"a": nn.Linear(12, 6), "b": nn.Linear(12, 6)}),
+        lambda _: nn.ModuleDict({"b": nn.Linear(12, 6), "a": nn.Linear(12, 6)}),
+        {},
+        ValueError,
+        "same parameters in the same order",
+    ),
+    "student with a GaussianHead": (
+        lambda: mlp(GaussianHead(6)),
+        None,
+        {},
+        ValueError,
+        "student holds a GaussianHead already.* keep the criterion of the first call",
+    ),
+    "teacher with a GaussianHead": (
+        mlp,
+        lambda _: mlp(GaussianHead(6)),
+        {},
+        ValueError,
+        "teacher holds a GaussianHead already",
+    ),
+    "DataParallel": (
+        lambda: nn.DataParallel(mlp()),
+        None,
+        {},
+        ValueError,
+        "student is wrapped in DataParallel.* wrap the loss first, then the model",
+    ),
+    "compiled": (
+        lambda: torch.compile(mlp(), backend="eager"),
+        None,
+        {},
+        ValueError,
+        "student is wrapped in OptimizedModule.* wrap the loss first, then the model",
+    ),
+    "teacher that is no module": (
+        mlp,
+        lambda s: s.state_dict(),
+        {},
+        TypeError,
+        "teacher must be a torch module, got OrderedDict",
+    ),
+    "teacher that is a function": (
+        mlp,
+        lambda s: s.forward,
+        {},
+        TypeError,
+        "teacher must be a torch module, got method",
+    ),
+    "unknown at": (
+        mlp,
+        None,
+        {"at": "backbone"},
+        ValueError,
+        "at must be one of 'projection', 'features', got 'backbone'",
+    ),
+    "unknown at with beta 0": (mlp, None, {"at": "", "beta": 0}, ValueError, "at must be one of"),
+    "unknown prior": (
+        mlp,
+        None,
+        {"prior": "laplace"},
+        ValueError,
+        "prior must be one of 'standard', 'learned', 'view', got 'laplace'",
+    ),
+    "negative beta": (
+        mlp,
+        None,
+        {"beta": -1e-3},
+        ValueError,
+        r"beta must be finite and not negative, got -0\.001",
+    ),
+    "beta NaN": (mlp, None, {"beta": float("nan")}, ValueError, "beta must be finite.*got nan"),
+    "beta inf": (mlp, None, {"beta": float("inf")}, ValueError, "beta must be finite.*got inf"),
+    "beta str": (
+        mlp,
+        None,
+        {"beta": "1e-3"},
+        TypeError,
+        "beta must be a number or a schedule, got '1e-3'",
+    ),
+    "beta None": (mlp, None, {"beta": None}, TypeError, "beta must be a number or a schedule"),
+    "beta bool": (mlp, None, {"beta": True}, TypeError, "beta must be a number or a schedule"),
+    "alpha": (mlp, None, {"alpha": -1.0}, ValueError, "alpha must be finite and not negative"),
+    "init_std 0": (mlp, None, {"init_std": 0.0}, ValueError, "init_std must be a positive number"),
+    "init_std NaN": (mlp, None, {"init_std": float("nan")}, ValueError, "init_std must be a posit"),
+    "init_std tiny": (mlp, None, {"init_std": 1e-9}, ValueError, "init_std must lie strictly bet"),
+    "init_std huge": (mlp, None, {"init_std": 1e9}, ValueError, "init_std must lie strictly betw"),
+    "loss that is none": (
+        mlp,
+        None,
+        {"loss": 0.5},
+        TypeError,
+        r"base must be a loss that can be called, got 0\.5",
+    ),
+    "loss wrapped twice": (
+        mlp,
+        None,
+        {"loss": ClimbLoss(first, heads=(), beta=0)},
+        ValueError,
+        "this loss is a ClimbLoss already: wrap the plain loss, once",
+    ),
+    "convolutions": (
+        convolutions,
+        None,
+        {},
+        ValueError,
+        r"no linear layer tells the width of Sequential: put a GaussianHead\(width\)",
+    ),
+    "convolutions and a linear layer": (
+        lambda: nn.Sequential(*convolutions(), nn.Linear(8, 6)),
+        None,
+        {},
+        ValueError,
+        r"Sequential could not be run on a batch of shape \(4, 8\).* put a GaussianHead\(width\)",
+    ),
+    "two arguments": (
+        TwoArguments,
+        None,
+        {},
+        ValueError,
+        r"TwoArguments could not be run on a batch of shape \(4, 12\).*'y'.*put a GaussianHead",
+    ),
+    "two outputs": (
+        TwoOutputs,
+        None,
+        {},
+        ValueError,
+        r"TwoOutputs must map \(B, 12\) to \(B, D\), it returned tuple",
+    ),
+    "three dimensions": (
+        lambda: mlp(nn.Unflatten(1, (2, 3))),
+        None,
+        {},
+        ValueError,
+        r"Sequential must map \(B, 12\) to \(B, D\), it returned \(4, 2, 3\)",
+    ),
+    "parts out of order": (
+        DifferentWidth,
+        None,
+        {"at": "features"},
+        ValueError,
+        r"DifferentWidth could not be run on a batch of shape \(4, 6\)",
+    ),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyLinear(6)),
+        None,
+        {},
+        ValueError,
+        "is lazy: run one batch through the model first",
+    ),
+    "meta": (lambda: nn.Linear(12, 6, device="meta"), None, {}, ValueError, "meta device"),
+    "a submodule with the name of the head": (
+        lambda: nn.Sequential(OrderedDict(first=nn.Linear(12, 6), gaussian=nn.Softplus())),
+        None,
+        {},
+        ValueError,
+        "'gaussian' is what the head is called in its place, and student has .* rename yours",
+    ),
+    "normalised sum": (
+        Residual,
+        None,
+        {},
+        ValueError,
+        r"Residual normalises its embedding.* nn\.Identity\(\) of its own right before",
+    ),
+    "normalised sum with prototypes": (
+        ResidualWithPrototypes,
+        None,
+        {},
+        ValueError,
+        "ResidualWithPrototypes normalises its embedding",
+    ),
+}
+
+
+def fingerprint(module: nn.Module) -> list[Any]:
+    """All that wrap() could have changed."""
+    return [
+        {k: v.tolist() for k, v in module.state_dict().items() if not v.is_meta}
+        if not any(isinstance(p, nn.UninitializedParameter) for p in module.parameters())
+        else None,
+        [
+            (
+                name,
+                part.training,
+                list(part._forward_hooks.values()),
+                list(part._forward_pre_hooks.values()),
+            )
+            for name, part in module.named_modules()
+        ],
+        [p.requires_grad for p in module.parameters()],
+    ]
+
+
+class TestRefusals:
+    @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+    @pytest.mark.parametrize("name", REFUSALS)
+    def test_the_message_says_what_to_do_and_nothing_has_changed(self, name: str) -> None:
+        factory, make_teacher, options, exception, message = REFUSALS[name]
+        torch.manual_seed(0)
+        student = factory()
+        teacher = None if make_teacher is None else make_teacher(student)
+        modules = [m for m in (student, teacher) if isinstance(m, nn.Module)]
+        before = [fingerprint(module) for module in modules]
+        state = torch.get_rng_state()
+        with pytest.raises(exception, match=f"(?s){message}"):
+            wrap(**{"loss": first, "student": student, "teacher": teacher, "beta": 1e-3, **options})
+        assert [fingerprint(module) for module in modules] == before
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_wrapped_twice(self) -> None:
+        student, teacher = build(mlp), build(mlp, seed=1)
+        criterion = wrap(first, student=student, teacher=teacher, beta=1e-3)
+        before = fingerprint(student), fingerprint(teacher)
+        with pytest.raises(ValueError, match="student holds a GaussianHead already"):
+            wrap(first, student=student, teacher=teacher, beta=1e-3)
+        with pytest.raises(ValueError, match="this loss is a ClimbLoss already"):
+            wrap(criterion, student=build(mlp), beta=1e-3)
+        assert (fingerprint(student), fingerprint(teacher)) == before
+
+    @pytest.mark.parametrize("student", [None, "head", [nn.Linear(12, 6)]])
+    def test_student_that_is_no_module(self, student: Any) -> None:
+        name = type(student).__name__
+        with pytest.raises(TypeError, match=f"student must be a torch module, got {name}"):
+            wrap(first, student=student, beta=1e-3)
+
+    @pytest.fixture
+    def process_group(self) -> Iterator[None]:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+    @pytest.mark.usefixtures("process_group")
+    def test_distributed_data_parallel(self) -> None:
+        student = nn.parallel.DistributedDataParallel(build(mlp))
+        before = fingerprint(student)
+        with pytest.raises(
+            ValueError, match=r"student is wrapped in DistributedDataParallel, whic"
+        ):
+            wrap(first, student=student, beta=1e-3)
+        assert fingerprint(student) == before
+        criterion = wrap(first, student=build(mlp), teacher=None, beta=1e-3)
+        assert len(criterion.heads) == 1
+
+    def test_keyword_call_of_a_head_that_samples_its_input(self) -> None:
+        student = build(SimCLRProjectionHead)
+        wrap(first, student=student, beta=1e-3, at="features")
+        with pytest.raises(TypeError, match="its embedding as the first positional argument"):
+            student(x=rows())
+
+    def test_a_loss_of_tensors_that_never_saw_the_head(self) -> None:
+        student = build(SimCLRProjectionHead)
+        criterion = wrap(first, student=student, beta=1e-3)
+        with pytest.raises(
+            RuntimeError, match=r"depends on no sample of heads\[0\].* must call it"
+        ):
+            criterion(rows().requires_grad_())
+
+
+class TestOptimiser:
+    @staticmethod
+    def steps(
+        student: nn.Module,
+        criterion: Callable[..., Tensor],
+        optimizer: torch.optim.Optimizer,
+        count: int,
+        *,
+        accumulate: int = 1,
+    ) -> None:
+        for _ in range(count):
+            for micro in range(accumulate):
+                criterion(student(rows(seed=micro))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @pytest.mark.parametrize("accumulate", [1, 3])
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    def test_built_before_is_an_error_after_its_first_update(
+        self, at: str, accumulate: int
+    ) -> None:
+        student = build(SimCLRProjectionHead)
+        optimizer = torch.optim.Adam(student.parameters())
+        criterion = wrap(first, student=student, beta=1e-3, at=at)
+        self.steps(student, criterion, optimizer, 1, accumulate=accumulate)
+        with pytest.raises(RuntimeError, match="build the optimiser after the loss was wrapped"):
+            student(rows())
+
+    @pytest.mark.parametrize("accumulate", [1, 3])
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    def test_built_after_is_none(self, at: str, accumulate: int) -> None:
+        student = build(SimCLRProjectionHead)
+        criterion = wrap(first, student=student, beta=1e-3, at=at)
+        optimizer = torch.optim.Adam(student.parameters())
+        before = gaussian(student).logvar.bias.detach().clone()
+        self.steps(student, criterion, optimizer, 3, accumulate=accumulate)
+        assert not torch.equal(gaussian(student).logvar.bias, before)
+
+    def test_a_head_that_the_user_froze_is_none(self) -> None:
+        student = build(SimCLRProjectionHead)
+        criterion = wrap(first, student=student, beta=1e-3)
+        criterion.heads[0].requires_grad_(False)
+        optimizer = torch.optim.Adam(p for p in student.parameters() if p.requires_grad)
+        before = gaussian(student).logvar.bias.detach().clone()
+        self.steps(student, criterion, optimizer, 3)
+        assert torch.equal(gaussian(student).logvar.bias, before)
+
+    def test_loading_a_plain_checkpoint_is_none(self) -> None:
+        student = build(SimCLRProjectionHead)
+        plain = build(SimCLRProjectionHead, seed=1).state_dict()
+        criterion = wrap(first, student=student, beta=1e-3)
+        criterion(student(rows())).backward()
+        student.load_state_dict(plain, strict=False)
+        criterion(student(rows())).backward()
+        layers = [p for name, p in student.named_parameters() if "gaussian" not in name]
+        torch.optim.SGD(layers, lr=0.1).step()
+        with pytest.raises(RuntimeError, match="build the optimiser after the loss was wrapped"):
+            student(rows())
+
+    def test_a_step_that_is_skipped_is_none(self) -> None:
+        student = build(SimCLRProjectionHead)
+        criterion = wrap(first, student=student, beta=1e-3)
+        for _ in range(3):  # what a GradScaler does when it meets an overflow
+            criterion(student(rows())).backward()
+        assert torch.isfinite(criterion.terms.total)
+
+
+def through_pickle(item: Any) -> Any:
+    return pickle.loads(pickle.dumps(item))
+
+
+def through_torch_save(item: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(item, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+class TestCopies:
+    """What a host may do to a model and its criterion after wrapping."""
+
+    @staticmethod
+    def setup(at: str) -> tuple[nn.ModuleDict, ClimbLoss]:
+        student = build(BYOLProjectionHead)
+        teacher = copy.deepcopy(student)
+        deactivate_requires_grad(teacher)
+        criterion = wrap(
+            NegativeCosineSimilarity(), student=student, teacher=teacher, beta=1e-3, at=at
+        )
+        return nn.ModuleDict({"student": student, "teacher": teacher}), criterion
+
+    @staticmethod
+    def train(model: nn.ModuleDict, criterion: Callable[..., Tensor], steps: int) -> list[Tensor]:
+        optimizer = torch.optim.SGD(model["student"].parameters(), lr=0.1)
+        losses = []
+        for _ in range(steps):
+            update_momentum(model["student"], model["teacher"], m=0.9)
+            loss = criterion(model["student"](rows(seed=1)), model["teacher"](rows(seed=2)))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        return losses
+
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    @pytest.mark.parametrize("trained", [0, 1, 2])
+    @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
+    def test_a_copy_trains_like_the_original_and_apart_from_it(
+        self, copied: Callable[[Any], Any], trained: int, at: str
+    ) -> None:
+        model, criterion = self.setup(at)
+        self.train(model, criterion, trained)
+        other_model, other_criterion = copied((model, criterion))
+        before = fingerprint(other_model)
+        losses = self.train(model, criterion, 3)
+        assert fingerprint(other_model)[0] == before[0]
+        assert self.train(other_model, other_criterion, 3) == losses
+        state, other_state = model.state_dict(), other_model.state_dict()
+        assert [k for k in state if not torch.equal(state[k], other_state[k])] == []
+        assert other_criterion.heads[0] is gaussian(other_model["student"])
+
+    def test_a_copied_model_with_the_old_criterion_is_an_error(self) -> None:
+        model, criterion = self.setup("projection")
+        with pytest.raises(RuntimeError, match=r"depends on no sample of heads\[0\]"):
+            self.train(copy.deepcopy(model), criterion, 1)
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
+    def test_a_copy_still_notices_an_optimiser_without_the_head(
+        self, copied: Callable[[Any], Any]
+    ) -> None:
+        model, criterion = copied(self.setup("projection"))
+        student = model["student"]
+        layers = [p for name, p in student.named_parameters() if "gaussian" not in name]
+        optimizer = torch.optim.SGD(layers, lr=0.1)
+        criterion(student(rows()), rows(width=10)).backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="build the optimiser after the loss was wrapped"):
+            student(rows())
+
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    def test_a_checkpoint_resumes_to_the_same_numbers(self, at: str) -> None:
+        model, criterion = self.setup(at)
+        self.train(model, criterion, 2)
+        saved = through_torch_save((model.state_dict(), criterion.state_dict()))
+        expected = self.train(model, criterion, 3)
+        torch.manual_seed(99)
+        resumed, resumed_criterion = self.setup(at)
+        resumed.load_state_dict(saved[0], strict=True)
+        resumed_criterion.load_state_dict(saved[1], strict=True)
+        assert self.train(resumed, resumed_criterion, 3) == expected
+
+
+class TestCriterion:
+    """The wrapped criterion in place of lightly's."""
+
+    @pytest.fixture
+    def student(self) -> nn.Module:
+        return build(DINOProjectionHead)
+
+    def test_attributes_are_read_through_it(self, student: nn.Module) -> None:
+        base = DINOLoss(10, teacher_temp=0.07, center_momentum=0.8)
+        criterion = wrap(base, student=student, beta=1e-3)
+        assert criterion.center is base.center
+        assert criterion.teacher_temp == 0.07
+        assert criterion.center_momentum == 0.8
+        assert criterion.teacher_temp_schedule is base.teacher_temp_schedule
+        with pytest.raises(AttributeError, match="momentum_teacher"):
+            _ = criterion.momentum_teacher
+
+    def test_attributes_are_set_through_it(self, student: nn.Module) -> None:
+        base = DINOLoss(10)
+        criterion = wrap(base, student=student, beta=1e-3)
+        criterion.teacher_temp = 0.5
+        criterion.center = torch.ones(1, 1, 10)
+        assert base.teacher_temp == 0.5
+        assert "teacher_temp" not in vars(criterion)
+        assert torch.equal(base.center, torch.ones(1, 1, 10))
+        assert list(criterion.state_dict()) == ["center"]
+
+    def test_the_centre_is_updated_and_moves_with_it(self, student: nn.Module) -> None:
+        plain = DINOLoss(10)
+        criterion = wrap(DINOLoss(10), student=student, beta=1e-3)
+        views = [torch.randn(8, 10) for _ in range(2)]
+        plain(views, views)
+        with torch.no_grad():
+            criterion(views, views)
+        assert criterion.center.any()
+        assert torch.equal(criterion.center, plain.center)
+        assert criterion.to(torch.float64).center.dtype == torch.float64
+
+    @pytest.mark.parametrize("prior", ["standard", "view"])
+    @pytest.mark.parametrize(
+        "make",
+        [lambda: DINOLoss(10), lambda: NTXentLoss(memory_bank_size=(32, 10)), NTXentLoss],
+        ids=["dino", "bank", "stateless"],
+    )
+    def test_state_dicts_fit_both_ways(
+        self, make: Callable[[], nn.Module], prior: str, student: nn.Module
+    ) -> None:
+        torch.manual_seed(0)
+        plain, base = make(), make()
+        for buffer in plain.buffers():
+            buffer.add_(1)
+        criterion = wrap(base, student=student, beta=1e-3, prior=prior)
+        assert list(criterion.state_dict()) == list(plain.state_dict())
+        criterion.load_state_dict(plain.state_dict(), strict=True)
+        for name, value in plain.state_dict().items():
+            assert torch.equal(base.state_dict()[name], value), name
+        other = make()
+        other.load_state_dict(criterion.state_dict(), strict=True)
+        for name, value in plain.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value), name
+
+    def test_evaluation_is_the_plain_loss(self) -> None:
+        plain, student = build(SimCLRProjectionHead).eval(), build(SimCLRProjectionHead)
+        criterion = wrap(NTXentLoss(), student=student, beta=1e-3)
+        student.eval()
+        with torch.no_grad():
+            value = criterion(student(rows(seed=1)), student(rows(seed=2)))
+            expected = NTXentLoss()(plain(rows(seed=1)), plain(rows(seed=2)))
+        assert torch.equal(value, expected)
+
+    def test_total_is_base_plus_beta_times_rate_and_entropy(self) -> None:
+        student = build(SimCLRProjectionHead)
+        criterion = wrap(NTXentLoss(), student=student, beta=0.3, alpha=0.5)
+        value = criterion(student(rows(seed=1)), student(rows(seed=2)))
+        terms = criterion.terms
+        assert torch.equal(value.detach(), terms.total)
+        assert terms.entropy != 0
+        torch.testing.assert_close(
+            terms.total, terms.base + 0.3 * (terms.rate + 0.5 * terms.entropy)
+        )
+
+    def test_a_schedule_advances_with_the_steps(self) -> None:
+        student = build(SimCLRProjectionHead)
+        criterion = wrap(NTXentLoss(), student=student, beta=Linear(1.0, warmup=4))
+        betas = []
+        for _ in range(5):
+            criterion(student(rows(seed=1)), student(rows(seed=2))).backward()
+            betas.append(float(criterion.terms.beta))
+        assert betas == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+    def test_beta_0_puts_nothing_in_and_passes_everything_on(self) -> None:
+        plain, student, teacher = (build(SimCLRProjectionHead, seed=s) for s in (0, 0, 1))
+        before = fingerprint(student), fingerprint(teacher)
+        criterion = wrap(NTXentLoss(), student=student, teacher=teacher, beta=0)
+        assert (fingerprint(student), fingerprint(teacher)) == before
+        assert criterion.heads == ()
+        value = criterion(student(rows(seed=1)), out1=student(rows(seed=2)))
+        expected = NTXentLoss()(plain(rows(seed=1)), plain(rows(seed=2)))
+        assert torch.equal(value, expected)
+        assert torch.equal(criterion.terms.base, expected)
+        assert torch.isnan(criterion.terms.rate)
+
+
+class TestMissingHost:
+    BLOCK = """
+import importlib.machinery as machinery, sys
+
+class WithoutLightly(machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        blocked = name.partition(".")[0] == "lightly"
+        return None if blocked else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [WithoutLightly if f is machinery.PathFinder else f for f in sys.meta_path]
+"""
+
+    @staticmethod
+    def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+        )
+
+    def test_the_import_error_names_the_command(self, tmp_path: Path) -> None:
+        code = self.BLOCK + "import climb_plugin\nimport climb_plugin.adapters.lightly"
+        result = self.python(code, tmp_path)
+        assert result.returncode == 1
+        assert result.stderr.strip().splitlines()[-1] == (
+            "ImportError: lightly is not installed: pip install 'climb-plugin[lightly]'"
+        )
+
+    def test_it_is_the_missing_host_that_raises(self, tmp_path: Path) -> None:
+        result = self.python("import climb_plugin.adapters.lightly", tmp_path)
+        assert (result.returncode, result.stderr) == (0, "")
