@@ -66,8 +66,8 @@ class ClimbLoss(nn.Module):
         prior: ``"standard"`` N(0, I), ``"learned"`` (a diagonal Gaussian, whose parameters belong
             to this loss: give them to the optimiser) or ``"view"`` (the posteriors of the other
             views of the same image; one forward call of the head per view).
-        free_nats: Nats per sample, over all dimensions, that cost nothing: where the mean rate
-            of the batch is below, the rate has no gradient.
+        free_nats: Nats that cost nothing, per sample and head, over all dimensions: a sample
+            whose rate is below has no gradient from it.
         check_base: Whether a NaN or infinite base loss raises. False where the host lives with
             one (solo-learn's deepclusterv2, in its first epoch); rate and entropy are checked.
 
@@ -156,13 +156,14 @@ class ClimbLoss(nn.Module):
             self._terms = _detached(base, base, nan, nan, beta)
             return value
         # One sum over heads: each head is a code of its own, and what they carry adds up.
-        rate = torch.stack(
-            [prior(views).mean() for prior, views in zip(self.climb_priors, calls, strict=True)]
-        ).sum()
+        rates = [prior(views) for prior, views in zip(self.climb_priors, calls, strict=True)]
+        rate = torch.stack([values.mean() for values in rates]).sum()
         entropy = torch.stack(
             [per_sample([conditional_entropy(*view) for view in views]).mean() for views in calls]
         ).sum()
-        penalty = F.relu(rate - self.free_nats) if self.free_nats else rate
+        penalty = rate
+        if self.free_nats:
+            penalty = torch.stack([F.relu(v - self.free_nats).mean() for v in rates]).sum()
         if self.alpha:
             penalty = penalty + self.alpha * entropy
         self._check_finite(base, rate, entropy, calls)
