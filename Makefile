@@ -3,13 +3,15 @@ BIN := .venv/bin
 
 .PHONY: test demo clean
 
-# Installed, not in place: the tests and mypy see what a user of the wheel sees.
+# Installed, not in place: the tests and mypy see what a user of the wheel sees. mypy runs in
+# tests, because in the root it would find the core there, without adapters. Adapters whose host
+# is missing have no doctests; a host that CLIMB_TEST_HOSTS names must be there.
 test: .venv/test
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p climb_plugin
-	CLIMB_TEST_HOSTS=$${CLIMB_TEST_HOSTS-lightly} $(BIN)/pytest --doctest-modules tests --pyargs climb_plugin
+	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p climb_plugin -p hydra_plugins.climb_plugin
+	CLIMB_TEST_HOSTS=$${CLIMB_TEST_HOSTS-lightly} $(BIN)/pytest --doctest-modules --doctest-ignore-import-errors tests --pyargs climb_plugin
 
 demo: .venv/demo
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .

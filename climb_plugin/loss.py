@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from climb_plugin.finite import FiniteCheck
 from climb_plugin.gaussian import conditional_entropy
@@ -26,7 +27,8 @@ class ClimbTerms(NamedTuple):
     """The terms of the last step, detached scalars.
 
     Attributes:
-        total: What the loss returned: base + beta * (rate + alpha * entropy).
+        total: What the loss returned: base + beta * (rate + alpha * entropy), where only the
+            rate above ``free_nats`` counts.
         base: The value of the base loss, in its own unit.
         rate: Nats, summed over dimensions, averaged over samples and views; NaN where no
             posterior was involved (beta 0 without heads, evaluation).
@@ -64,11 +66,15 @@ class ClimbLoss(nn.Module):
         prior: ``"standard"`` N(0, I), ``"learned"`` (a diagonal Gaussian, whose parameters belong
             to this loss: give them to the optimiser) or ``"view"`` (the posteriors of the other
             views of the same image; one forward call of the head per view).
+        free_nats: Nats that cost nothing, per sample and head, over all dimensions: a sample
+            whose rate is below has no gradient from it.
+        check_base: Whether a NaN or infinite base loss raises. False where the host lives with
+            one (solo-learn's deepclusterv2, in its first epoch); rate and entropy are checked.
 
     Raises:
         TypeError: If ``base`` is not callable or ``heads`` are not heads.
-        ValueError: If beta or alpha is negative or not finite, if the prior is unknown, or if
-            there is no head while beta is not 0.
+        ValueError: If beta, alpha or free_nats is negative or not finite, if the prior is
+            unknown, or if there is no head while beta is not 0.
 
     Source: the objective reads Li et al., Contrastive Learning via Variational Information
     Bottleneck, TPAMI 47(9), 2025 (of which only the abstract was at hand) with the bound of
@@ -92,6 +98,8 @@ class ClimbLoss(nn.Module):
         beta: float | Schedule,
         alpha: float = 0.0,
         prior: str = "standard",
+        free_nats: float = 0.0,
+        check_base: bool = True,
     ) -> None:
         super().__init__()
         if not callable(base):
@@ -103,11 +111,9 @@ class ClimbLoss(nn.Module):
                 f"beta={beta} has nothing to act on: heads is empty. Pass the GaussianHead that "
                 "is in the model."
             )
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise TypeError(f"alpha must be a number, got {alpha!r}.")
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"alpha must be finite and not negative, got {alpha}.")
-        self.alpha = float(alpha)
+        self.alpha = checked_number("alpha", alpha)
+        self.free_nats = checked_number("free_nats", free_nats)
+        self.check_base = check_base
         self.prior = prior
         widths = [head.out_features for head in self._heads]
         self.climb_priors = nn.ModuleList(make_priors(prior, widths))
@@ -150,13 +156,16 @@ class ClimbLoss(nn.Module):
             self._terms = _detached(base, base, nan, nan, beta)
             return value
         # One sum over heads: each head is a code of its own, and what they carry adds up.
-        rate = torch.stack(
-            [prior(views).mean() for prior, views in zip(self.climb_priors, calls, strict=True)]
-        ).sum()
+        rates = [prior(views) for prior, views in zip(self.climb_priors, calls, strict=True)]
+        rate = torch.stack([values.mean() for values in rates]).sum()
         entropy = torch.stack(
             [per_sample([conditional_entropy(*view) for view in views]).mean() for views in calls]
         ).sum()
-        penalty = rate + self.alpha * entropy if self.alpha else rate
+        penalty = rate
+        if self.free_nats:
+            penalty = torch.stack([F.relu(v - self.free_nats).mean() for v in rates]).sum()
+        if self.alpha:
+            penalty = penalty + self.alpha * entropy
         self._check_finite(base, rate, entropy, calls)
         if penalty.requires_grad:
             penalty.register_hook(_StepDone(self))
@@ -245,7 +254,9 @@ class ClimbLoss(nn.Module):
     def _check_finite(
         self, base: Tensor, rate: Tensor, entropy: Tensor, calls: list[list[Posterior]]
     ) -> None:
-        terms = {"base loss": base, "rate": rate, "entropy": entropy}
+        terms = {"rate": rate, "entropy": entropy}
+        if self.check_base:
+            terms = {"base loss": base, **terms}
         values = torch.stack([term.detach().to(rate) for term in terms.values()])
         bad = self._finite.non_finite(values)
         if not bad:
@@ -270,7 +281,12 @@ class ClimbLoss(nn.Module):
         schedule = self.schedule
         # The repr of a function holds an address.
         shown = repr(schedule) if is_dataclass(schedule) else type(schedule).__name__
-        return {"beta": shown, "alpha": repr(self.alpha), "prior": self.prior}
+        return {
+            "beta": shown,
+            "alpha": repr(self.alpha),
+            "prior": self.prior,
+            "free_nats": repr(self.free_nats),
+        }
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -308,6 +324,20 @@ class _StepDone:
 
     def __call__(self, gradient: Tensor) -> None:
         self._loss.set_step(max(self._loss.step, self._next))
+
+
+def checked_number(name: str, value: float) -> float:
+    """``value`` as a float, if it is a number of 0 or more; ``name`` is for the message.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}.")
+    return float(value)
 
 
 def _checked_heads(heads: GaussianHead | Sequence[GaussianHead]) -> tuple[GaussianHead, ...]:

@@ -460,3 +460,48 @@ class TestWrongInput:
     def test_set_step(self, step: object) -> None:
         with pytest.raises(ValueError, match="step must be an int of 0 or more, got"):
             make().set_step(step)  # type: ignore[arg-type]
+
+
+class TestFreeNats:
+    def test_what_lies_below_costs_nothing(self) -> None:
+        embedding = torch.cat([torch.zeros(4, 6), torch.full((4, 6), 3.0)]).requires_grad_()
+        loss = make(free_nats=20.0)
+        head = loss.heads[0]
+        standard = Independent(Normal(torch.zeros(8, 6), torch.ones(8, 6)), 1)
+        rates = kl_divergence(gaussian_of(head, embedding), standard).detach()
+        assert (rates[:4] < 20).all()
+        assert (rates[4:] > 20).all()
+        total = loss(head(embedding))
+        expected = loss.terms.base + 0.1 * (rates - 20).clamp(min=0).mean()
+        torch.testing.assert_close(total.detach(), expected)
+        torch.testing.assert_close(loss.terms.rate, rates.mean())
+
+    def test_it_has_no_gradient(self) -> None:
+        embedding = torch.cat([torch.zeros(4, 6), torch.full((4, 6), 3.0)]).requires_grad_()
+        loss = make(base=lambda sample: 0 * sample.sum(), free_nats=20.0)
+        loss(loss.heads[0](embedding)).backward()
+        assert embedding.grad is not None
+        assert not embedding.grad[:4].any()
+        assert embedding.grad[4:].all()
+        assert loss.step == 1
+
+    @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+    def test_impossible_values(self, value: float) -> None:
+        with pytest.raises(ValueError, match="free_nats must be finite and not negative"):
+            make(free_nats=value)
+
+
+class TestCheckOfTheBase:
+    def test_can_be_left_to_the_host(self) -> None:
+        def base(sample: Tensor) -> Tensor:
+            return sample.sum() * math.nan
+
+        checking, loss = make(base=base), make(base=base, check_base=False)
+        with pytest.raises(ValueError, match="not finite: base loss"):
+            checking(checking.heads[0](rows()))
+        assert loss(loss.heads[0](rows())).isnan()
+
+    def test_rate_is_checked_all_the_same(self) -> None:
+        loss = make(check_base=False)
+        with pytest.raises(ValueError, match="not finite: rate"):
+            loss(loss.heads[0](rows() * math.nan))
