@@ -11,6 +11,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ def main(arguments: Sequence[str]) -> None:
     from solo.data.classification_dataloader import prepare_datasets, prepare_transforms
 
     args = _parsed(arguments)
-    model = load(Path(args.pretrained_checkpoint_dir)).to(args.device)
+    model = load(Path(args.pretrained_checkpoint_dir), trusted=args.trust_checkpoint).to(
+        args.device
+    )
     _, transform = prepare_transforms(args.dataset)
     datasets = prepare_datasets(
         args.dataset,
@@ -53,14 +56,16 @@ def main(arguments: Sequence[str]) -> None:
             print(f"{kind} k={k} {distance}{suffix}: acc@1={top1:.2f} acc@5={top5:.2f}")
 
 
-def load(directory: Path) -> Any:
+def load(directory: Path, *, trusted: bool = False) -> Any:
     """The model of a checkpoint directory of solo-learn, in ``eval()``.
 
     Args:
         directory: Where ``args.json`` and the checkpoint lie; of several the newest counts.
+        trusted: Whether code in the checkpoint may run. Some of solo-learn's own hold some.
 
     Raises:
         FileNotFoundError: If they do not lie there.
+        ValueError: If the checkpoint holds code and is not trusted.
     """
     from omegaconf import OmegaConf
     from solo.methods import METHODS
@@ -74,9 +79,16 @@ def load(directory: Path) -> Any:
     register()
     config = OmegaConf.create(json.loads((directory / "args.json").read_text()))
     model = METHODS[config.method](config)
-    state = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)["state_dict"]
+    try:
+        checkpoint = torch.load(checkpoints[-1], map_location="cpu", weights_only=not trusted)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{checkpoints[-1].name} holds more than numbers, as solo-learn's checkpoints do where "
+            "a learning rate is constant (simsiam): if you trust where it comes from, add "
+            "--trust_checkpoint."
+        ) from error
     # Not strict, as in solo-learn: queues are made when a training starts.
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(checkpoint["state_dict"], strict=False)
     return model.eval()
 
 
@@ -145,4 +157,5 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--train_data_path", type=Path, required=True)
     parser.add_argument("--val_data_path", type=Path, required=True)
     parser.add_argument("--data_format", default="image_folder", choices=["image_folder", "h5"])
+    parser.add_argument("--trust_checkpoint", action="store_true", help="let code in it run")
     return parser.parse_args(arguments)

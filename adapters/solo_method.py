@@ -14,7 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from climb_plugin.adapters.solo_keys import Keys, read_keys
-from climb_plugin.adapters.solo_resume import adopt, freeze_host, grow, thaw_host, warn_of_changes
+from climb_plugin.adapters.solo_resume import (
+    adopt,
+    freeze_host,
+    grow,
+    thaw_host,
+    warn_of_changes,
+    without_code,
+)
 from climb_plugin.attach import attach
 from climb_plugin.head import GaussianHead
 from climb_plugin.loss import ClimbLoss
@@ -132,6 +139,7 @@ class ClimbMethod:
         host.on_save_checkpoint(checkpoint)
         if self.climb is not None and self._climb_keys is not None:
             checkpoint[_STATE] = {"keys": self._climb_keys.named(), "host": freeze_host(self)}
+            without_code(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compares the ``climb_*`` values with those of the checkpoint."""

@@ -99,6 +99,22 @@ def grow(checkpoint: dict[str, Any], configured: Any, new: Sequence[nn.Parameter
         state["state"] = {moved[index]: value for index, value in state["state"].items()}
 
 
+def without_code(checkpoint: dict[str, Any]) -> None:
+    """Takes functions out of the schedulers' state, in place.
+
+    Where a part of the model has a constant learning rate, solo-learn replaces a method of the
+    scheduler, which torch would then save, and refuse to load since 2.6. A new scheduler has
+    its own.
+
+    Args:
+        checkpoint: A Lightning checkpoint.
+    """
+    checkpoint["lr_schedulers"] = [
+        {key: value for key, value in state.items() if not callable(value)}
+        for state in checkpoint.get("lr_schedulers", [])
+    ]
+
+
 def freeze_host(model: Any) -> dict[str, Any]:
     """What solo-learn does not save: random numbers and the momentum's coefficient."""
     numpy_state: Any = np.random.get_state()

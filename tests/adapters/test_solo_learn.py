@@ -25,6 +25,7 @@ from solo.methods.base import BaseMethod
 from solo.methods.linear import LinearModel
 from solo.utils.auto_resumer import AutoResumer
 
+from climb_plugin.adapters.solo_knn import load
 from climb_plugin.adapters.solo_learn import register, with_climb
 from climb_plugin.adapters.solo_method import ClimbMethod
 
@@ -123,16 +124,18 @@ class SaveFirst:
         return Save()
 
 
-@pytest.mark.parametrize("prior", ["standard", "learned"])
+@pytest.mark.parametrize(
+    ("name", "prior"), [("dino", "standard"), ("dino", "learned"), ("simsiam", "standard")]
+)
 def test_resuming_repeats_the_uninterrupted_run(
-    methods: dict[str, Any], tmp_path: Path, prior: str
+    methods: dict[str, Any], tmp_path: Path, name: str, prior: str
 ) -> None:
     def cfg() -> Any:
-        return runs.config("dino", epochs=3, climb_beta=0.1, climb_prior=prior, climb_warmup=0.5)
+        return runs.config(name, epochs=3, climb_beta=0.1, climb_prior=prior, climb_warmup=0.5)
 
     path = tmp_path / "first.ckpt"
-    _, _, whole = runs.train(methods["dino"], cfg(), SaveFirst(path))
-    _, _, rest = runs.train(methods["dino"], cfg(), resume=path)
+    _, _, whole = runs.train(methods[name], cfg(), SaveFirst(path))
+    _, _, rest = runs.train(methods[name], cfg(), resume=path)
     assert rest == whole[2:]
     assert whole[2:4] != whole[4:]
 
@@ -168,6 +171,17 @@ def test_checkpoints_load_with_and_without_the_plugin(
     assert {key for key in model.state_dict() if key.startswith("backbone.")} == {
         key for key in plain(methods["dino"])(cfg).state_dict() if key.startswith("backbone.")
     }
+
+
+def test_knn_asks_before_it_runs_code(methods: dict[str, Any], tmp_path: Path) -> None:
+    cfg = runs.config("simsiam")
+    runs.train(methods["simsiam"], cfg, SaveFirst(tmp_path / "first.ckpt"))
+    (tmp_path / "args.json").write_text(json.dumps(OmegaConf.to_container(cfg)))
+    with pytest.raises(ValueError, match="--trust_checkpoint"):
+        load(tmp_path)
+    assert not load(tmp_path, trusted=True).training
+    with pytest.raises(FileNotFoundError, match=r"args\.json"):
+        load(tmp_path / "nowhere")
 
 
 def args_json(folder: Path, **section: Any) -> None:
