@@ -71,7 +71,7 @@ class Images:
     train: Labelled
     test: Labelled
     size: int  # in pixels, of a large view and of a whole image
-    normalize: dict[str, list[float]] | None = None
+    normalize: dict[str, list[float]]  # mean and std of each channel, for pixels from 0 to 1
 
     @property
     def channels(self) -> int:
@@ -91,16 +91,16 @@ class Images:
             # A tilted digit is still one; a mirrored or an inverted one is not.
             options |= {"hf_prob": 0, "solarization_prob": 0, "rr_prob": 0.5, "rr_degrees": 15}
             options |= {"cj_prob": 0, "random_gray_scale": 0}
-            options |= {"global_crop_scale": (0.5, 1.0), "local_crop_scale": (0.2, 0.5)}
+            # A smaller part of one may be any of several.
+            options |= {"global_crop_scale": (0.7, 1.0), "local_crop_scale": (0.3, 0.6)}
         return DINOTransform(**options)
 
     def whole(self, part: Labelled) -> tuple[Tensor, Tensor]:
         """Images without augmentation, (N, C, size, size), and their labels, (N,)."""
         pixels = np.stack([np.asarray(image.resize((self.size, self.size))) for image, _ in part])
         scaled = torch.from_numpy(pixels).reshape(len(part), self.size, self.size, -1) / 255
-        if self.normalize is not None:
-            scaled -= torch.tensor(self.normalize["mean"])
-            scaled /= torch.tensor(self.normalize["std"])
+        scaled -= torch.tensor(self.normalize["mean"])
+        scaled /= torch.tensor(self.normalize["std"])
         labels = torch.tensor([label for _, label in part])
         return scaled.movedim(-1, 1).to(DEVICE), labels.to(DEVICE)
 
@@ -131,10 +131,10 @@ def load_images(name: str, root: Path, limit: int | None) -> Images:
         train, test = train_test_split(
             list(zip(scans, labels, strict=True)), test_size=450, stratify=labels, random_state=0
         )
-        return Images(train[:limit], test[:limit], size=16)
+        return Images(train[:limit], test[:limit], 16, {"mean": [0.3], "std": [0.38]})
     parts = [torchvision.datasets.CIFAR10(root, train=t, download=True) for t in (True, False)]
     train, test = ([part[i] for i in range(min(len(part), limit or len(part)))] for part in parts)
-    return Images(train, test, size=32, normalize=IMAGENET_NORMALIZE)
+    return Images(train, test, 32, IMAGENET_NORMALIZE)
 
 
 # ---- The three methods, as in lightly's examples -------------------------------------------------
@@ -191,13 +191,13 @@ class Learner(nn.Module):
         for before, after, stride in ((channels, 32, 1), (32, 64, 2), (64, FEATURES, 2)):
             layers.append(nn.Conv2d(before, after, 3, stride, padding=1, bias=False))
             layers += [nn.BatchNorm2d(after), nn.ReLU()]
-        self.student_backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.student_head = METHODS[name].make_head()
+        self.backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = METHODS[name].make_head()
         self.teacher_backbone = self.teacher_head = self.predictor = None
         if METHODS[name].teacher:
-            self.teacher_backbone = copy.deepcopy(self.student_backbone)
+            self.teacher_backbone = copy.deepcopy(self.backbone)
             self.teacher_head = METHODS[name].make_head()  # DINO's cannot be deep-copied
-            self.teacher_head.load_state_dict(self.student_head.state_dict())
+            self.teacher_head.load_state_dict(self.head.state_dict())
             deactivate_requires_grad(self.teacher_backbone)
             deactivate_requires_grad(self.teacher_head)
         if name == "byol":
@@ -205,7 +205,7 @@ class Learner(nn.Module):
 
     def forward(self, views: list[Tensor]) -> tuple[Any, Any]:
         """What the loss of the method is called with."""
-        student_out = [self.student_head(self.student_backbone(view)) for view in views]
+        student_out = [self.head(self.backbone(view)) for view in views]
         if self.predictor is not None:
             student_out = [self.predictor(projection) for projection in student_out]
         if self.teacher_backbone is None or self.teacher_head is None:
@@ -215,8 +215,8 @@ class Learner(nn.Module):
     def update_teacher(self, momentum: float) -> None:
         """Moves the teacher, if there is one, towards the student; at momentum 1 it stays."""
         if self.teacher_backbone is not None:
-            update_momentum(self.student_backbone, self.teacher_backbone, momentum)
-            update_momentum(self.student_head, self.teacher_head, momentum)
+            update_momentum(self.backbone, self.teacher_backbone, momentum)
+            update_momentum(self.head, self.teacher_head, momentum)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -246,9 +246,7 @@ def train(name: str, images: Images, args: argparse.Namespace, *, beta: float | 
     criterion = method.make_loss().to(DEVICE)
     if beta is not None:
         # This line turns CLIMB on:
-        criterion = wrap(
-            criterion, student=model.student_head, teacher=model.teacher_head, beta=beta
-        )
+        criterion = wrap(criterion, student=model.head, teacher=model.teacher_head, beta=beta)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     dataset = RandomViews(images.train, images.views(local=method.local_views))
@@ -267,8 +265,8 @@ def train(name: str, images: Images, args: argparse.Namespace, *, beta: float | 
                 loss = criterion(*model([view.to(DEVICE) for view in views]))
                 optimizer.zero_grad()
                 loss.backward()
-                if isinstance(model.student_head, DINOProjectionHead):
-                    model.student_head.cancel_last_layer_gradients(epoch)
+                if isinstance(model.head, DINOProjectionHead):
+                    model.head.cancel_last_layer_gradients(epoch)
                 optimizer.step()
                 decay.step()
                 if isinstance(criterion, ClimbLoss):
@@ -292,7 +290,7 @@ def measure_knn(
     """Appends the k-NN accuracy on the features of the student's and the teacher's backbone."""
     model.eval()
     for backbone, accuracies in (
-        (model.student_backbone, run.student),
+        (model.backbone, run.student),
         (model.teacher_backbone, run.teacher),
     ):
         if backbone is None:
@@ -315,7 +313,7 @@ def count_active(model: Learner, head: GaussianHead, pixels: Tensor) -> int:
     handle = head.register_forward_hook(lambda _, inputs, output: embeddings.append(inputs[0]))
     model.eval()
     for part in pixels.split(500):
-        model.student_head(model.student_backbone(part))
+        model.head(model.backbone(part))
     handle.remove()
     return active_dimensions(*head.posterior(torch.cat(embeddings)))
 
@@ -357,7 +355,8 @@ def draw(runs: Sequence[Run], loss_unit: str, title: str, path: Path) -> None:
     for run, colour in zip(runs, ("tab:blue", "tab:orange"), strict=True):
         epochs = range(1, len(run.base_loss) + 1)
         loss_axes.plot(epochs, run.base_loss, ".-", color=colour, label=run.name)
-        rate_axes.plot(epochs, run.rate, ".-", color=colour, label=run.name)
+        if not math.isnan(run.rate[0]):
+            rate_axes.plot(epochs, run.rate, ".-", color=colour, label=run.name)
         for who, accuracies, style in (
             ("student", run.student, ".-"),
             ("teacher", run.teacher, ".:"),
@@ -373,7 +372,8 @@ def draw(runs: Sequence[Run], loss_unit: str, title: str, path: Path) -> None:
         axes.set(xlabel="epochs of training", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.suptitle(title)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -392,7 +392,10 @@ def main(argv: Sequence[str] | None = None) -> tuple[Run, Run]:
     args = parser.parse_args(argv)
     if (args.data == "cifar10") != (args.data_root is not None):
         parser.error("--data cifar10 and --data-root DIR go together")
-    if args.out.suffix.lower() != ".png" or not os.access(args.out.resolve().parent, os.W_OK):
+    if args.seed >= 2**32:
+        parser.error(f"--seed must be less than 2**32, got {args.seed}")
+    writable = os.access(args.out.resolve().parent, os.W_OK) and not args.out.is_dir()
+    if args.out.suffix.lower() != ".png" or not writable:
         parser.error(f"--out must be a .png in a folder that can be written to, got {args.out}")
     try:
         images = load_images(args.data, args.data_root, args.images)
@@ -401,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[Run, Run]:
             f"CIFAR-10 is not in {args.data_root} and could not be downloaded ({error}): put "
             "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html there"
         )
+    torch.set_num_threads(args.threads)
     # Lightly's DINO head is built with it.
     warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
     plain = train("plain", images, args, beta=None)
@@ -408,7 +412,6 @@ def main(argv: Sequence[str] | None = None) -> tuple[Run, Run]:
 
     unit = METHODS[args.method].loss_unit
     title = f"{args.method} on {args.data}, beta {args.beta:g} per nat, seed {args.seed}"
-    draw((plain, climb), unit, title, args.out)
     untrained = Run("untrained", [math.nan], [math.nan], plain.student[:1], plain.teacher[:1])
     print(
         f"\n{title}, {args.epochs} epochs of {len(images.train)} images\n\n"
@@ -416,8 +419,10 @@ def main(argv: Sequence[str] | None = None) -> tuple[Run, Run]:
         f"k-NN: {NEIGHBOURS} neighbours among the training images, in the backbone's features.\n"
         "Base loss and rate: per image and view, mean over the last epoch.\n"
         f"Active dimensions: those with a rate above {ACTIVE_NATS} nats on the test images.\n\n"
-        f"{compare(plain, climb, len(images.test))}\n\nCurves: {args.out}"
+        f"{compare(plain, climb, len(images.test))}\n"
     )
+    draw((plain, climb), unit, title, args.out)
+    print(f"Curves: {args.out}")
     return plain, climb
 
 
@@ -428,7 +433,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     def add(name: str, text: str, **how: Any) -> None:
-        parser.add_argument(name, help=f"{text} (default: %(default)s)", **how)
+        default = " (default: %(default)s)" if "default" in how else ""
+        parser.add_argument(name, help=text + default, **how)
 
     add("--method", "what is trained", choices=METHODS, default="dino")
     add(
@@ -440,8 +446,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", "passes of each run over the images", type=at_least(1), default=20)
     add("--seed", "of weights, order, augmentations and noise", type=at_least(0), default=0)
     add("--data", "what it is trained on", choices=("digits", "cifar10"), default="digits")
-    add("--data-root", "with cifar10: the folder it is in, or is put into", type=Path)
-    add("--images", "most images to train on, and to test on", type=at_least(BATCH))
+    add("--data-root", "folder where CIFAR-10 is, or is downloaded to (170 MB)", type=Path)
+    add("--images", "most images to train on, and to test on (default: all)", type=at_least(BATCH))
+    add("--threads", "of the CPU; one is enough for the digits", type=at_least(1), default=1)
     add("--out", "the drawing of the curves, a PNG", type=Path, default=Path("quickstart.png"))
     return parser
 
