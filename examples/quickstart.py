@@ -443,7 +443,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=at_least(0.0),
         default=0.01,
     )
-    add("--epochs", "passes of each run over the images", type=at_least(1), default=20)
+    add("--epochs", "passes of each run over the images", type=at_least(1), default=15)
     add("--seed", "of weights, order, augmentations and noise", type=at_least(0), default=0)
     add("--data", "what it is trained on", choices=("digits", "cifar10"), default="digits")
     add("--data-root", "folder where CIFAR-10 is, or is downloaded to (170 MB)", type=Path)
