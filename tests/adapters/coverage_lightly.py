@@ -56,6 +56,7 @@ class LossCase(NamedTuple):
         call: One training step's call of the wrapped loss.
         head: Class of the projection head; GaussianHead: one put in by hand.
         base: What is wrapped; empty: the loss with its defaults.
+        views: As in ``wrap``, where the head is called on several views in one batch.
         frozen: Whether ``teacher`` is a momentum teacher, which ``wrap`` is given.
         note: For the reader.
     """
@@ -63,6 +64,7 @@ class LossCase(NamedTuple):
     call: str = TWO_VIEWS
     head: str = "SimCLRProjectionHead"
     base: str = ""
+    views: int = 1
     frozen: bool = True
     note: str = ""
 
@@ -139,6 +141,7 @@ LOSSES: dict[str, LossCase | str] = {
         "criterion(*head(torch.cat([x0, x1])).chunk(2))",
         "GaussianHead",
         "DirectCLRLoss(loss_dim=6)",
+        views=2,
         note="no projection head: `head = GaussianHead(width)` behind the backbone, "
         "`ClimbLoss(loss, heads=head, beta=...)`",
     ),
@@ -396,7 +399,8 @@ def _parameters(function: Callable[..., Any]) -> set[str]:
 def put_in(base: Any, model: Model, *, teacher: bool, **options: Any) -> ClimbLoss:
     """What a user does: wrap, or a GaussianHead that is there already."""
     if isinstance(model.head, GaussianHead):
-        return ClimbLoss(base, heads=model.head, beta=1e-3, prior=options.get("prior", "standard"))
+        options.pop("at", None)
+        return ClimbLoss(base, heads=model.head, beta=1e-3, **options)
     pair = {"teacher": model.teacher} if teacher else {}
     return wrap(base, student=model.head, **pair, beta=1e-3, **options)
 
@@ -443,7 +447,7 @@ def loss_row(name: str, case: LossCase | str | None) -> Row:
     if not isinstance(case, LossCase):
         return _untrained(name, case, columns=len(LOSS_COLUMNS))
 
-    def attempt(**options: str) -> Shapes:
+    def attempt(**options: Any) -> Shapes:
         model = Model(lambda: small_head(case.head))
         loss = _built(case.base or f"{name}()")
         teacher = case.frozen and "teacher" in case.call
@@ -453,14 +457,14 @@ def loss_row(name: str, case: LossCase | str | None) -> Row:
         )
 
     outcome, trainings = _outcome(attempt, [{"at": at} for at in PLACES])
-    views, _ = _outcome(attempt, [{"prior": "view"}])
+    views, _ = _outcome(attempt, [{"prior": "view", "views": case.views}])
     wrapped = f"`wrap({case.base}, ...)` " if case.base else ""
     cells = [
         f"`{name}`",
         f"{wrapped}`{case.call}`",
         _letters(trainings[0]) if trainings else "",
         outcome,
-        "yes" if views == TRAINS else "no",
+        "no" if views != TRAINS else "yes" if case.views == 1 else f"`views={case.views}`",
         case.note,
     ]
     return Row(cells, outcome)
@@ -515,7 +519,7 @@ def _place(name: str, case: HeadCase, at: str) -> str:
 
 
 def _outcome(
-    attempt: Callable[..., Shapes], options: list[dict[str, str]]
+    attempt: Callable[..., Shapes], options: list[dict[str, Any]]
 ) -> tuple[str, list[Shapes]]:
     """Tries each, from the same seed; what goes wrong belongs into the table."""
     trainings = []
