@@ -239,7 +239,8 @@ class ClimbLoss(nn.Module):
                 f"heads[{i}], GaussianHead({self._heads[i].extra_repr()})" for i in missing
             )
             + ": in a training step the model's forward must call it before the loss, with "
-            "gradients enabled, and its output must reach the loss undetached. Inside "
+            "gradients enabled, and its output must reach the loss undetached. Call the module "
+            "that holds it as module(x): module.forward(x) may skip it. Inside "
             "torch.utils.checkpoint use use_reentrant=False. To evaluate, use torch.no_grad()."
         )
 

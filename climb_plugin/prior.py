@@ -148,7 +148,8 @@ def make_priors(
     if name not in PRIORS:
         raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, got {name!r}.")
     if name == "view":
-        return [ViewPrior(views)] * len(widths)
+        checked = ViewPrior(views).views
+        return [ViewPrior(checked) for _ in widths]
     if views != 1:
         raise ValueError(f"views={views!r} is for prior='view': prior={name!r} has no use for it.")
     return [PRIORS[name](width) for width in widths]

@@ -142,8 +142,7 @@ LOSSES: dict[str, LossCase | str] = {
         "GaussianHead",
         "DirectCLRLoss(loss_dim=6)",
         views=2,
-        note="no projection head: `head = GaussianHead(width)` behind the backbone, "
-        "`ClimbLoss(loss, heads=head, beta=...)`",
+        note="no projection head: `head = GaussianHead(width)` goes behind the backbone",
     ),
     "EMPSSLLoss": LossCase("criterion([head(x0), head(x1), head(x2)])"),
     "FroSSLLoss": LossCase(VIEW_LIST),
@@ -210,8 +209,8 @@ LOSSES: dict[str, LossCase | str] = {
         "criterion([(head(x0), local(grid0)), (head(x1), local(grid1))], [where0, where1])",
         "BarlowTwinsProjectionHead",
         "VICRegLLoss(num_matches=(2, 2))",
-        note="the local head as well: `ClimbLoss(loss, heads=[attach(model.projection_head), "
-        "attach(model.local_projection_head)], beta=...)`, `attach` from `climb_plugin.attach`",
+        note="`local` is the plain local head. Both heads: `ClimbLoss(VICRegLLoss(), "
+        "heads=[attach(head), attach(local)], beta=...)`, `attach` from `climb_plugin.attach`",
     ),
     "VICRegLoss": LossCase(head="VICRegProjectionHead"),
     "VISRegLoss": LossCase(MULTI_CROP, "LeJEPAProjectionHead", "VISRegLoss(num_slices=16)"),
@@ -458,7 +457,8 @@ def loss_row(name: str, case: LossCase | str | None) -> Row:
 
     outcome, trainings = _outcome(attempt, [{"at": at} for at in PLACES])
     views, _ = _outcome(attempt, [{"prior": "view", "views": case.views}])
-    wrapped = f"`wrap({case.base}, ...)` " if case.base else ""
+    function = ClimbLoss.__name__ if case.head == GaussianHead.__name__ else wrap.__name__
+    wrapped = f"`{function}({case.base}, ...)` " if case.base else ""
     cells = [
         f"`{name}`",
         f"{wrapped}`{case.call}`",
