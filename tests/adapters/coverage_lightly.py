@@ -585,7 +585,8 @@ def markdown(losses: list[Row], heads: list[Row]) -> str:
         "",
         f"lightly {release}: **{totals(losses, heads)}** train with `wrap`. Every row was run: "
         f"{STEPS} steps at each place (`at`), in which all is finite, the rate is above 0, and "
-        "each parameter of the Gaussian gets a gradient and moves. The other public names, "
+        "each parameter of the Gaussian gets a gradient and moves. Where one place alone makes "
+        "sense, or there is no head to wrap, the note says so. The other public names, "
         f"which are no loss or no head, are listed as '{NOTHING}'.",
         "",
         "## Losses",
