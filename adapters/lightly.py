@@ -5,7 +5,7 @@ Nothing here depends on the class of a loss or of a projection head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ def wrap(
     beta: float | Schedule,
     at: str = "projection",
     prior: str = "standard",
+    views: int | Sequence[int] = 1,
     alpha: float = 0.0,
     init_std: float = 0.1,
 ) -> ClimbLoss:
@@ -47,6 +48,7 @@ def wrap(
         at: ``"projection"``: at the end of the projection MLP, before an L2 normalisation or
             prototypes in the head. ``"features"``: between backbone and projection head.
         prior: ``"standard"``, ``"learned"`` or ``"view"``; see :class:`~climb_plugin.ClimbLoss`.
+        views: For ``prior="view"`` where the head is called on several views in one batch.
         alpha: Weight of the conditional entropy beside the rate.
         init_std: Standard deviation at the start, in units of the embedding.
 
@@ -75,7 +77,14 @@ def wrap(
     head = placement.make_head(init_std=init_std)
     schedule = as_schedule(beta)
     off = schedule == Constant(0.0)
-    criterion = ClimbLoss(loss, heads=() if off else head, beta=schedule, alpha=alpha, prior=prior)
+    criterion = ClimbLoss(
+        loss,
+        heads=() if off else head,
+        beta=schedule,
+        alpha=alpha,
+        prior=prior,
+        views=views,
+    )
     if not off:
         placement.hang(head)
     return criterion

@@ -65,7 +65,10 @@ class ClimbLoss(nn.Module):
             on the entropy H(z).
         prior: ``"standard"`` N(0, I), ``"learned"`` (a diagonal Gaussian, whose parameters belong
             to this loss: give them to the optimiser) or ``"view"`` (the posteriors of the other
-            views of the same image; one forward call of the head per view).
+            views of the same image).
+        views: For ``prior="view"``: how many views each forward call of the head holds, one after
+            the other as ``torch.cat`` puts them; a sequence, in the order of the calls, where
+            they differ.
         free_nats: Nats that cost nothing, per sample and head, over all dimensions: a sample
             whose rate is below has no gradient from it.
         check_base: Whether a NaN or infinite base loss raises. False where the host lives with
@@ -74,7 +77,7 @@ class ClimbLoss(nn.Module):
     Raises:
         TypeError: If ``base`` is not callable or ``heads`` are not heads.
         ValueError: If beta, alpha or free_nats is negative or not finite, if the prior is
-            unknown, or if there is no head while beta is not 0.
+            unknown or has no use for ``views``, or if there is no head while beta is not 0.
 
     Source: the objective reads Li et al., Contrastive Learning via Variational Information
     Bottleneck, TPAMI 47(9), 2025 (of which only the abstract was at hand) with the bound of
@@ -98,6 +101,7 @@ class ClimbLoss(nn.Module):
         beta: float | Schedule,
         alpha: float = 0.0,
         prior: str = "standard",
+        views: int | Sequence[int] = 1,
         free_nats: float = 0.0,
         check_base: bool = True,
     ) -> None:
@@ -116,7 +120,7 @@ class ClimbLoss(nn.Module):
         self.check_base = check_base
         self.prior = prior
         widths = [head.out_features for head in self._heads]
-        self.climb_priors = nn.ModuleList(make_priors(prior, widths))
+        self.climb_priors = nn.ModuleList(make_priors(prior, widths, views=views))
         if any(True for _ in self.climb_priors.parameters()):
             warnings.warn(
                 f"prior={prior!r} is learned and its parameters belong to the loss: add "
@@ -235,7 +239,8 @@ class ClimbLoss(nn.Module):
                 f"heads[{i}], GaussianHead({self._heads[i].extra_repr()})" for i in missing
             )
             + ": in a training step the model's forward must call it before the loss, with "
-            "gradients enabled, and its output must reach the loss undetached. Inside "
+            "gradients enabled, and its output must reach the loss undetached. Call the module "
+            "that holds it as module(x): module.forward(x) may skip it. Inside "
             "torch.utils.checkpoint use use_reentrant=False. To evaluate, use torch.no_grad()."
         )
 

@@ -93,6 +93,29 @@ class TestValue:
         loss(*[head(view.repeat(copies, 1)) for _ in range(copies)])
         torch.testing.assert_close(loss.terms.rate, one)
 
+    @pytest.mark.parametrize(
+        ("views", "calls"),
+        [(3, [[0, 1, 2]]), ((2, 1), [[0, 1], [2]]), ([1, 2], [[0], [1, 2]]), (1, [[0], [1], [2]])],
+    )
+    def test_views_in_one_batch_are_views(
+        self, views: int | tuple[int, ...], calls: list[list[int]]
+    ) -> None:
+        one = make(prior="view")
+        other = make(prior="view", views=views)
+        inputs = [rows(seed=seed) for seed in range(3)]
+        for loss in (one, other):
+            nn.init.normal_(loss.heads[0].logvar.weight, generator=torch.Generator().manual_seed(9))
+        one(*[one.heads[0](view) for view in inputs])
+        other(*[other.heads[0](torch.cat([inputs[i] for i in call])) for call in calls])
+        torch.testing.assert_close(other.terms.rate, one.terms.rate)
+
+    def test_views_of_tokens_are_divided_along_the_batch(self) -> None:
+        one, other = make(prior="view"), make(prior="view", views=2)
+        tokens = [rows(12, seed=seed).unflatten(0, (3, 4)) for seed in range(2)]
+        one(*[one.heads[0](view) for view in tokens])
+        other(other.heads[0](torch.cat(tokens)))
+        torch.testing.assert_close(other.terms.rate, one.terms.rate)
+
     def test_every_sample_counts_the_same_when_views_differ_in_size(self) -> None:
         loss = make()
         (head,) = loss.heads
@@ -445,6 +468,25 @@ class TestWrongInput:
         loss = make(prior="view")
         with pytest.raises(ValueError, match=r"saw one forward call .* shape \(8, 6\)"):
             loss(loss.heads[0](rows()))
+
+    @pytest.mark.parametrize("views", [0, -1, True, 2.0, "2", [], (1, 0), None])
+    @pytest.mark.parametrize("heads", [(), GaussianHead(6)])
+    def test_views_that_are_no_number_of_views(self, heads: object, views: object) -> None:
+        with pytest.raises(ValueError, match="views must be a positive int, or some of them, got"):
+            make(heads=heads, beta=0, prior="view", views=views)
+
+    @pytest.mark.parametrize("prior", PRIORS[:2])
+    def test_views_without_effect(self, prior: str) -> None:
+        with pytest.raises(ValueError, match=rf"views=2 is for prior='view': prior='{prior}' has"):
+            make(prior=prior, views=2)
+
+    @pytest.mark.parametrize("views", [3, (2, 2), (4, 4, 4)])
+    def test_views_that_do_not_divide_the_batch(self, views: object) -> None:
+        loss = make(prior="view", views=views)
+        (head,) = loss.heads
+        shown = str(views).replace("(", r"\(").replace(")", r"\)")
+        with pytest.raises(ValueError, match=rf"views={shown} does not divide .* \[\(8, 6\)\]"):
+            loss(head(rows()))
 
     def test_view_prior_with_views_of_different_sizes(self) -> None:
         loss = make(prior="view")

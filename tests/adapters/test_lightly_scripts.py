@@ -19,6 +19,7 @@ import torch
 from lightly.loss import (
     BarlowTwinsLoss,
     DINOLoss,
+    LeJEPALoss,
     MSNLoss,
     NegativeCosineSimilarity,
     NTXentLoss,
@@ -38,10 +39,18 @@ from lightly.models.modules import (
     SimCLRProjectionHead,
     SimSiamPredictionHead,
     SimSiamProjectionHead,
+    SMoGPredictionHead,
+    SMoGProjectionHead,
+    SMoGPrototypes,
     SwaVProjectionHead,
     SwaVPrototypes,
 )
-from lightly.models.modules.heads import MSNProjectionHead, VICRegProjectionHead
+from lightly.models.modules.heads import (
+    LeJEPAProjectionHead,
+    MSNProjectionHead,
+    VICRegProjectionHead,
+)
+from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.models.utils import deactivate_requires_grad, random_token_mask, update_momentum
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
@@ -344,6 +353,55 @@ def msn(wrap: Wrap, steps: int) -> Iterator[Step]:
         descend(optimizer)
 
 
+def smog(wrap: Wrap, steps: int) -> Iterator[Step]:
+    model = MomentumProjector(SMoGProjectionHead(FEATURES, 32, 12))
+    model.prediction_head = SMoGPredictionHead(12, 32, 12)
+    groups = SMoGPrototypes(torch.rand(24, 12), beta=0.99)
+    bank = MemoryBankModule(size=(32, 12))
+    student, teacher = model.projection_head, model.projection_head_momentum
+    criterion = wrap(nn.CrossEntropyLoss(), student=student, teacher=teacher)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
+    for x0, x1 in batches(steps, views=2):
+        model.update(0.9)
+        encoded = model(x0)
+        predicted = model.prediction_head(encoded)
+        assignments = groups.assign_groups(model.forward_momentum(x1))
+        group_features = groups.get_updated_group_features(encoded)
+        logits = groups(predicted, group_features, temperature=0.1)
+        groups.set_group_features(group_features)
+        value = criterion(logits, assignments)
+        bank(encoded, update=True)
+        value.backward()
+        yield Step(value, model, criterion, student, teacher, 0.9)
+        descend(optimizer)
+
+
+def lejepa(wrap: Wrap, steps: int) -> Iterator[Step]:
+    model = Projector(LeJEPAProjectionHead(FEATURES, 32, 12))
+    criterion = wrap(LeJEPALoss(sigreg_num_vectors=16), student=model.projection_head)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for views in batches(steps, views=4, sizes=(16, 16, 8, 8)):
+        projections = [model(view) for view in views]
+        value = criterion(
+            local_proj=torch.stack(projections[2:]), global_proj=torch.stack(projections[:2])
+        )
+        value.backward()
+        yield Step(value, model, criterion, model.projection_head)
+        descend(optimizer)
+
+
+def one_batch(wrap: Wrap, steps: int) -> Iterator[Step]:
+    """Both views in one forward call; the layout of directclr."""
+    model = Projector(SimCLRProjectionHead(FEATURES, 32, 12))
+    criterion = wrap(NTXentLoss(), student=model.projection_head)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
+    for views in batches(steps, views=2):
+        value = criterion(*model(torch.cat(views)).chunk(2))
+        value.backward()
+        yield Step(value, model, criterion, model.projection_head)
+        descend(optimizer)
+
+
 SCRIPTS: tuple[Script, ...] = (
     dino,
     simclr,
@@ -355,8 +413,11 @@ SCRIPTS: tuple[Script, ...] = (
     swav,
     nnclr,
     msn,
+    smog,
+    lejepa,
+    one_batch,
 )
-WITH_TEACHER: tuple[Script, ...] = (dino, byol, moco, msn)
+WITH_TEACHER: tuple[Script, ...] = (dino, byol, moco, msn, smog)
 
 
 def run(script: Script, wrap: Wrap, steps: int, *, seed: int = 0) -> Iterator[Step]:
@@ -460,7 +521,7 @@ def test_the_teacher_passes_on_the_mean_and_the_student_a_sample(script: Script,
 
     for _ in run(script, watching, 2):
         pass
-    calls = {dino: (8, 4), byol: (4, 4), moco: (2, 2), msn: (4, 2)}[script]
+    calls = {dino: (8, 4), byol: (4, 4), moco: (2, 2), msn: (4, 2), smog: (2, 2)}[script]
     assert seen == {"student": calls[0] * [False], "teacher": calls[1] * [True]}
 
 
@@ -479,7 +540,7 @@ def test_a_learned_prior_gets_gradients_too(script: Script) -> None:
 
 
 @pytest.mark.parametrize("at", ["projection", "features"])
-@pytest.mark.parametrize("script", [dino, simclr, barlowtwins, vicreg, swav])
+@pytest.mark.parametrize("script", [dino, simclr, barlowtwins, vicreg, swav, lejepa])
 def test_prior_view_trains_where_the_criterion_sees_all_views(script: Script, at: str) -> None:
     before: dict[str, Tensor] = {}
     for step in run(script, climb(prior="view", at=at, beta=0.1), 3):
@@ -490,16 +551,28 @@ def test_prior_view_trains_where_the_criterion_sees_all_views(script: Script, at
         assert not torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("script", [byol, moco, simsiam, nnclr])
+@pytest.mark.parametrize("script", [byol, moco, simsiam, nnclr, smog])
 def test_prior_view_refuses_a_criterion_that_sees_one_view(script: Script) -> None:
     message = r"saw one forward call of the head, of shape \(8, 12\).* wrap a function that takes"
     with pytest.raises(ValueError, match=message):
         next(run(script, climb(prior="view"), 1))
 
 
-def test_prior_view_refuses_the_focal_views_that_msn_stacks_in_one_batch() -> None:
-    with pytest.raises(ValueError, match=r"have shapes \[\(8, 12\), \(16, 12\)\]"):
+def test_prior_view_refuses_views_in_one_batch_until_it_is_told_of_them() -> None:
+    with pytest.raises(ValueError, match=r"of shape \(16, 12\).* say how many: views=2"):
+        next(run(one_batch, climb(prior="view"), 1))
+    with pytest.raises(ValueError, match=r"have shapes \[\(8, 12\), \(16, 12\)\].* views=\(1, 2\)"):
         next(run(msn, climb(prior="view"), 1))
+
+
+@pytest.mark.parametrize(("script", "views"), [(one_batch, 2), (msn, (1, 2))])
+def test_prior_view_trains_with_views_in_one_batch(script: Script, views: Any) -> None:
+    before: dict[str, Tensor] = {}
+    for step in run(script, climb(prior="view", views=views, beta=0.1), 3):
+        before = before or values(gaussian(step.student))
+        assert step.criterion.terms.rate > 0
+    for name, value in values(gaussian(step.student)).items():
+        assert not torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize("script", [dino, simclr])
