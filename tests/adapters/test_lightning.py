@@ -1,0 +1,406 @@
+"""ClimbCallback in real Trainers of the packages that are installed."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from climb_plugin import ClimbLoss, GaussianHead
+from climb_plugin.adapters.lightning import ClimbCallback
+from climb_plugin.schedule import Linear, Schedule
+
+PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
+INSTALLED = [module for package, module in PACKAGES.items() if find_spec(package) is not None]
+TERMS = ("climb_rate", "climb_entropy", "climb_beta", "climb_base_loss")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:(lightning|pytorch_lightning)"),
+    pytest.mark.filterwarnings("ignore:.*(GPU|does not have many workers|no `val_dataloader`)"),
+]
+
+
+@pytest.fixture(params=INSTALLED)
+def pl(request: pytest.FixtureRequest) -> Any:
+    return import_module(request.param)
+
+
+class Views(Dataset[tuple[Tensor, Tensor]]):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        one, two = torch.randn(2, 6, generator=torch.Generator().manual_seed(index))
+        return one, two
+
+
+class Endless(IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.randn(6), torch.randn(6)
+
+
+def data() -> DataLoader[tuple[Tensor, Tensor]]:
+    return DataLoader(Views(), batch_size=4)  # six batches
+
+
+def base(one: Tensor, two: Tensor) -> Tensor:
+    return (one - two).square().mean() + one.mean()
+
+
+def make(
+    pl: Any,
+    beta: float | Schedule,
+    *,
+    build: Callable[[Any, float | Schedule], None] | None = None,
+    calls: int = 1,
+) -> Any:
+    """A LightningModule that notes the terms and the beta of each call."""
+
+    class Model(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.backbone = nn.Linear(6, 5)
+            self.head = GaussianHead(5, 3)
+            if build is None:
+                self.criterion = ClimbLoss(base, heads=self.head, beta=beta)
+            else:
+                build(self, beta)
+            self.seen: list[Any] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            losses = []
+            for _ in range(calls):
+                outputs = [self.head(self.backbone(view)) for view in batch]
+                losses.append(self.loss_of(*outputs))
+            return torch.stack(losses).mean()
+
+        def loss_of(self, one: Tensor, two: Tensor) -> Tensor:
+            loss: Tensor = self.criterion(one, two)
+            self.seen.append(self.criterion.terms)
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.criterion(*(self.head(self.backbone(view)) for view in batch))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    return Model()
+
+
+def trainer(pl: Any, folder: Path, **options: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "default_root_dir": folder,
+        "callbacks": [ClimbCallback()],
+    }
+    return pl.Trainer(**{**defaults, **options})
+
+
+def means(seen: list[Any]) -> dict[str, Tensor]:
+    fields = ("rate", "entropy", "beta", "base")
+    return {
+        f"climb_{name}" + ("_loss" if name == "base" else ""): torch.stack(
+            [getattr(terms, name).float() for terms in seen]
+        ).mean()
+        for name in fields
+    }
+
+
+def betas(model: Any) -> list[float]:
+    return [float(terms.beta) for terms in model.seen]
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_means_of_the_terms_are_logged(pl: Any, tmp_path: Path, calls: int) -> None:
+    model = make(pl, Linear(0.1, warmup=4), calls=calls)
+    fit = trainer(pl, tmp_path)
+    fit.fit(model, data(), data())  # with a validation, whose terms must not be counted
+    logged = fit.callback_metrics
+    assert len(model.seen) == 6 * calls
+    for name, mean in means(model.seen).items():
+        torch.testing.assert_close(logged[name], mean)
+    assert logged["climb_rate"] > 0
+    torch.testing.assert_close(
+        fit.progress_bar_metrics["climb_rate_step"],
+        float(means(model.seen[-calls:])["climb_rate"]),
+    )
+    assert not model.criterion._forward_hooks
+
+
+def test_a_lightly_module(pl: Any, tmp_path: Path) -> None:
+    pytest.importorskip("lightly")
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+
+    from climb_plugin.adapters.lightly import wrap
+
+    def simclr(model: Any, beta: float | Schedule) -> None:
+        model.head = SimCLRProjectionHead(5, 8, 4)
+        model.criterion = wrap(NTXentLoss(), student=model.head, beta=beta)
+
+    model = make(pl, Linear(0.1, warmup=0.5), build=simclr)
+    fit = trainer(pl, tmp_path, max_epochs=2)
+    fit.fit(model, data())
+    assert betas(model) == pytest.approx([min(0.1, 0.1 * step / 6) for step in range(12)])
+    for name, mean in means(model.seen[6:]).items():
+        torch.testing.assert_close(fit.callback_metrics[name], mean)
+
+
+def test_a_fraction_is_laid_over_the_optimiser_steps(
+    pl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make(pl, Linear(0.1, warmup=1 / 3))
+    fit = trainer(pl, tmp_path, max_epochs=4, accumulate_grad_batches=2)
+    fit.fit(model, data())
+    assert fit.global_step == 12
+    steps = [batch // 2 for batch in range(24)]
+    assert betas(model) == pytest.approx([min(0.1, 0.1 * step / 4) for step in steps])
+    assert model.criterion.step == 12
+    said = capsys.readouterr().out
+    assert said.count("CLIMB: criterion: Linear(beta=0.1, warmup=0.33") == 1
+    assert "over 12 optimiser steps" in said
+    assert "nats" in said
+
+
+def test_another_fit_lays_it_anew(pl: Any, tmp_path: Path) -> None:
+    model = make(pl, Linear(0.1, warmup=0.5))
+    trainer(pl, tmp_path).fit(model, data())
+    model.seen.clear()
+    trainer(pl, tmp_path, max_epochs=2).fit(model, data())
+    assert betas(model)[:7] == pytest.approx([0.1 * step / 6 for step in range(7)])
+
+
+@pytest.mark.parametrize(
+    "ramp", [Linear(0.1, warmup=40), Linear(0.1, warmup=0.5, total_steps=80)], ids=str
+)
+def test_what_is_in_steps_stays(pl: Any, tmp_path: Path, ramp: Linear) -> None:
+    model = make(pl, ramp)
+    trainer(pl, tmp_path).fit(model, data())
+    assert model.criterion.schedule is ramp
+    assert betas(model) == pytest.approx([0.1 * step / 40 for step in range(6)])
+
+
+def test_a_fraction_of_an_endless_training(pl: Any, tmp_path: Path) -> None:
+    endless = DataLoader(Endless(), batch_size=4)
+    with pytest.raises(ValueError, match="length is not known: set max_epochs"):
+        trainer(pl, tmp_path).fit(make(pl, Linear(0.1, warmup=0.5)), endless)
+    model = make(pl, Linear(0.1, warmup=0.5))
+    trainer(pl, tmp_path, max_epochs=-1, max_steps=4).fit(model, endless)
+    assert betas(model) == pytest.approx([0.0, 0.05, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resuming_goes_on(pl: Any, tmp_path: Path, accumulate: int) -> None:
+    options = {"max_epochs": 4, "accumulate_grad_batches": accumulate}
+    whole = make(pl, Linear(0.1, warmup=0.9))
+    trainer(pl, tmp_path, **options).fit(whole, data())
+
+    class Stop(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    first = make(pl, Linear(0.1, warmup=0.9))
+    fit = trainer(pl, tmp_path, callbacks=[ClimbCallback(), Stop()], **options)
+    fit.fit(first, data())
+    assert len(first.seen) == 12
+    fit.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"]._metadata
+    assert saved["criterion"]["climb"]["step"] == fit.global_step == 12 // accumulate
+
+    second = make(pl, Linear(0.1, warmup=0.9))
+    # A warning that beta had changed would be an error here.
+    trainer(pl, tmp_path, **options).fit(second, data(), ckpt_path=str(tmp_path / "half.ckpt"))
+    assert betas(first) + betas(second) == betas(whole)
+    assert len(set(betas(whole))) > 8
+    assert [float(t.rate) for t in second.seen] == [float(t.rate) for t in whole.seen[12:]]
+
+
+def test_several_losses_have_names_of_their_own(pl: Any, tmp_path: Path) -> None:
+    def two(model: Any, beta: float | Schedule) -> None:
+        model.criterion = ClimbLoss(base, heads=model.head, beta=beta)
+        model.kept = {"other": (other := ClimbLoss(base, heads=model.head, beta=0.3))}
+        model.again = other
+        model.loss_of = lambda *views: model.criterion(*views) + other(*views)
+
+    model = make(pl, 0.1, build=two)
+    fit = trainer(pl, tmp_path)
+    fit.fit(model, data())
+    names = {f"{term}_{path}" for term in TERMS for path in ("criterion", "again")}
+    assert names <= set(fit.callback_metrics)
+    assert not set(TERMS) & set(fit.callback_metrics)
+    assert float(fit.callback_metrics["climb_beta_again"]) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("kind", [tuple, list, lambda items: dict(enumerate(items))])
+def test_a_loss_in_a_plain_container(pl: Any, tmp_path: Path, kind: Callable[..., Any]) -> None:
+    def hidden(model: Any, beta: float | Schedule) -> None:
+        loss = ClimbLoss(base, heads=model.head, beta=beta)
+        model.hidden = kind([loss])
+        model.loss_of = lambda *views: loss(*views)
+
+    fit = trainer(pl, tmp_path)
+    fit.fit(make(pl, 0.1, build=hidden), data())
+    assert set(TERMS) <= set(fit.callback_metrics)
+
+
+def test_a_module_without_a_loss_is_refused(pl: Any, tmp_path: Path) -> None:
+    def plain(model: Any, beta: float | Schedule) -> None:
+        model.criterion = base
+
+    with pytest.raises(ValueError, match="finds no ClimbLoss in Model: make it an attribute"):
+        trainer(pl, tmp_path).fit(make(pl, 0.1, build=plain), data())
+
+
+def test_a_loss_that_no_step_calls_is_named(pl: Any, tmp_path: Path) -> None:
+    def idle(model: Any, beta: float | Schedule) -> None:
+        model.idle = ClimbLoss(base, heads=model.head, beta=beta)
+        model.loss_of = base
+
+    with pytest.warns(UserWarning, match="no training step has called idle"):
+        trainer(pl, tmp_path).fit(make(pl, 0.1, build=idle), data())
+
+
+def test_beta_zero_is_said_to_be_off(
+    pl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def off(model: Any, beta: float | Schedule) -> None:
+        model.criterion = ClimbLoss(base, heads=(), beta=beta)
+
+    fit = trainer(pl, tmp_path)
+    fit.fit(make(pl, 0.0, build=off), data())
+    assert "CLIMB: criterion is off" in capsys.readouterr().out
+    assert set(TERMS) & set(fit.callback_metrics) == {"climb_beta", "climb_base_loss"}
+
+
+def test_an_exception_leaves_no_hook(pl: Any, tmp_path: Path) -> None:
+    def broken(model: Any, beta: float | Schedule) -> None:
+        model.criterion = ClimbLoss(base, heads=model.head, beta=beta)
+        model.loss_of = lambda *views: 1 / 0
+
+    model = make(pl, 0.1, build=broken)
+    with pytest.raises(ZeroDivisionError):
+        trainer(pl, tmp_path).fit(model, data())
+    assert not model.criterion._forward_hooks
+
+
+def test_a_missing_host_is_an_import_error() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules.update({'lightning': None, 'pytorch_lightning': None})\n"
+        "import climb_plugin.adapters.lightning"
+    )
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "ImportError: neither lightning nor pytorch_lightning" in run.stderr
+    assert "pip install 'lightning>=2'" in run.stderr
+
+
+@pytest.mark.parametrize("present", INSTALLED)
+def test_one_host_is_enough(present: str) -> None:
+    (absent,) = set(PACKAGES) - {present.split(".")[0]}
+    code = (
+        "import sys\n"
+        f"sys.modules[{absent!r}] = None\n"
+        f"import {present} as pl\n"
+        "from climb_plugin.adapters.lightning import ClimbCallback\n"
+        "assert issubclass(ClimbCallback, pl.Callback)"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def distributed(rank: int, port: str, folder: str, package: str) -> None:
+    """One of two processes, started as torchrun would."""
+    import os
+
+    import torch.distributed as dist
+
+    os.environ.update(
+        LOCAL_RANK=str(rank),
+        RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        GROUP_RANK="0",
+        TORCHELASTIC_RUN_ID="test",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+    )
+    torch.set_num_threads(1)
+    pl = import_module(package)
+    strategies = import_module(f"{package}.strategies")
+    strategy = strategies.DDPStrategy(process_group_backend="gloo", find_unused_parameters=False)
+    in_step: list[int] = []
+    reduce = dist.all_reduce
+
+    class Count(ClimbCallback):
+        def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            def count(*args: Any, **kwargs: Any) -> Any:
+                in_step.append(1)
+                return reduce(*args, **kwargs)
+
+            dist.all_reduce = count
+            super().on_train_batch_end(*args, **kwargs)
+            dist.all_reduce = reduce
+
+    model = make(pl, Linear(0.1, warmup=0.9))
+    fit = trainer(pl, Path(folder), strategy=strategy, devices=2, callbacks=[Count()])
+    fit.fit(model, data())
+    result = {
+        "logged": {name: fit.callback_metrics[name] for name in TERMS},
+        "terms": means(model.seen),
+        "betas": betas(model),
+        "parameters": [p.detach() for p in model.parameters()],
+        "in_step": len(in_step),
+    }
+    torch.save(result, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize("package", INSTALLED)
+def test_two_processes(tmp_path: Path, package: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-P", __file__, str(rank), port, str(tmp_path), package],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert [text.count("CLIMB: criterion") for text in said] == [1, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first["betas"] == pytest.approx([0.0, 0.1 / 3, 0.2 / 3])
+    assert first["betas"] == second["betas"]
+    assert first["terms"]["climb_rate"] != second["terms"]["climb_rate"]
+    for name in TERMS:
+        mean = (first["terms"][name] + second["terms"][name]) / 2
+        torch.testing.assert_close(first["logged"][name], mean)
+        torch.testing.assert_close(second["logged"][name], mean)
+    for one, two in zip(first["parameters"], second["parameters"], strict=True):
+        assert torch.equal(one, two)
+    assert first["in_step"] == second["in_step"] == 0
+
+
+if __name__ == "__main__":
+    distributed(int(sys.argv[1]), *sys.argv[2:])
