@@ -28,6 +28,7 @@ def wrap(
     prior: str = "standard",
     views: int | Sequence[int] = 1,
     alpha: float = 0.0,
+    free_nats: float = 0.0,
     init_std: float = 0.1,
 ) -> ClimbLoss:
     """Adds CLIMB to a loss and to the projection head that it is computed from.
@@ -50,6 +51,7 @@ def wrap(
         prior: ``"standard"``, ``"learned"`` or ``"view"``; see :class:`~climb_plugin.ClimbLoss`.
         views: For ``prior="view"`` where the head is called on several views in one batch.
         alpha: Weight of the conditional entropy beside the rate.
+        free_nats: Nats of rate that cost nothing, per sample and head, over all dimensions.
         init_std: Standard deviation at the start, in units of the embedding.
 
     Returns:
@@ -84,6 +86,7 @@ def wrap(
         alpha=alpha,
         prior=prior,
         views=views,
+        free_nats=free_nats,
     )
     if not off:
         placement.hang(head)

@@ -75,6 +75,8 @@ class ClimbCallback(_Callback):
     def __init__(self) -> None:
         super().__init__()
         self._records: dict[str, _Record] = {}
+        self._restored: Mapping[str, Any] = {}
+        self._ended: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Finds the losses, lays their schedules over the training, says what is in force."""
@@ -87,9 +89,30 @@ class ClimbCallback(_Callback):
         for loss in losses.values():
             loss.schedule = _laid(loss.schedule, trainer)
         self._stop()
-        self._records = {path: _Record(loss) for path, loss in losses.items()}
+        modules = set(pl_module.modules())
+        self._ended = {}
+        self._records = {path: _Record(loss, loss in modules) for path, loss in losses.items()}
         if trainer.is_global_zero:
             print("\n".join(_in_force(*item) for item in losses.items()), flush=True)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lets the losses go on from the checkpoint that is resumed, if one is."""
+        for path, state in self._restored.items():
+            if path in self._records:
+                self._records[path].loss.load_climb_state(state)
+        self._restored = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the module's own state lacks: the state of losses that are no submodules."""
+        return self._ended | {
+            path: record.loss.climb_state()
+            for path, record in self._records.items()
+            if not record.is_submodule
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Keeps what :meth:`state_dict` returned until the training starts."""
+        self._restored = dict(state_dict)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -135,6 +158,7 @@ class ClimbCallback(_Callback):
         self._stop()
 
     def _stop(self) -> None:
+        self._ended = self.state_dict()  # for a checkpoint that is saved after the training
         for record in self._records.values():
             record.remove()
         self._records = {}
@@ -143,8 +167,9 @@ class ClimbCallback(_Callback):
 class _Record:
     """Sums the terms of the calls of a loss within one training step."""
 
-    def __init__(self, loss: ClimbLoss) -> None:
+    def __init__(self, loss: ClimbLoss, is_submodule: bool) -> None:
         self.loss = loss
+        self.is_submodule = is_submodule
         self.called = False
         self.clear()
         self.remove = loss.register_forward_hook(self._add).remove
@@ -158,9 +183,10 @@ class _Record:
             return
         terms = self.loss.terms
         rate = terms.rate.float()
-        # Filled in on the device: a copy from the host would wait for it.
-        beta = rate.new_full((), self.loss.beta)
-        values = torch.stack([rate, terms.entropy.float(), beta, terms.base.float()])
+        beta = terms.beta
+        if not beta.is_cuda:  # filled in on the device: a copy from the host would wait for it
+            beta = rate.new_full((), float(beta))
+        values = torch.stack([rate, terms.entropy.float(), beta.float(), terms.base.float()])
         self._sums = values if self._sums is None else self._sums + values
         self._calls += 1
         self.called = True

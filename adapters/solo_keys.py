@@ -8,9 +8,17 @@ from difflib import get_close_matches
 from typing import Any
 
 from climb_plugin.attach import PLACES
-from climb_plugin.loss import checked_number
 from climb_plugin.prior import PRIORS
-from climb_plugin.schedule import Constant, Cosine, Exponential, Linear, Ramp, Schedule
+from climb_plugin.schedule import (
+    Constant,
+    Cosine,
+    Exponential,
+    Linear,
+    Ramp,
+    Schedule,
+    TargetRate,
+    checked_number,
+)
 
 PREFIX = "climb_"
 RAMPS: Mapping[str, type[Ramp]] = {"linear": Linear, "cosine": Cosine, "exponential": Exponential}
@@ -29,6 +37,7 @@ class Keys:
         warmup: Length of the ramp: an int is a number of optimiser steps, a float a fraction of
             the training.
         schedule: ``"constant"``, or the shape of the ramp.
+        target_rate: Nats; beta is then adapted, from climb_beta on, until this is the rate.
         free_nats: Nats of rate per sample that cost nothing.
         init_std: Standard deviation at the start, in units of the embedding.
 
@@ -43,6 +52,7 @@ class Keys:
     at: str = "projection"
     warmup: int | float = 0
     schedule: str = "constant"
+    target_rate: float | None = None
     free_nats: float = 0.0
     init_std: float = 0.1
 
@@ -62,6 +72,14 @@ class Keys:
                 f"climb_warmup={self.warmup} and climb_schedule={self.schedule!r} do not fit: a "
                 "ramp needs a warm-up, and a constant beta would ignore it."
             )
+        if self.target_rate is not None:
+            if checked_number("climb_target_rate", self.target_rate) == 0:
+                raise ValueError("climb_target_rate must be above 0 nats, got 0.")
+            if self.schedule != "constant":
+                raise ValueError(
+                    f"climb_target_rate={self.target_rate} adapts beta by itself and would ignore "
+                    f"climb_warmup={self.warmup} and climb_schedule={self.schedule!r}: drop these."
+                )
         if self.beta:
             self.make_schedule()
 
@@ -72,6 +90,8 @@ class Keys:
 
     def make_schedule(self) -> Schedule:
         """Beta over the optimiser steps; a fraction still wants the length of the training."""
+        if self.target_rate is not None:
+            return TargetRate(self.target_rate, beta=self.beta)
         if self.schedule == "constant":
             return Constant(self.beta)
         return RAMPS[self.schedule](self.beta, warmup=self.warmup)
@@ -106,11 +126,6 @@ def read_keys(config: Mapping[str, Any]) -> Keys | None:
     if not given:
         return None
     for key in given:
-        if key == "climb_target_rate":
-            raise ValueError(
-                "climb_target_rate is not in this version of climb-plugin: set climb_beta, and "
-                "climb_free_nats for a rate that costs nothing."
-            )
         if key not in KEYS:
             nearest = get_close_matches(key, KEYS, n=1, cutoff=0)[0]
             raise ValueError(

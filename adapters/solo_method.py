@@ -126,7 +126,7 @@ class ClimbMethod:
             "climb_rate": loss.terms.rate,
             "climb_entropy": loss.terms.entropy,
             "climb_base_loss": loss.terms.base,
-            "climb_beta": loss.beta,
+            "climb_beta": loss.terms.beta.float(),  # loss.beta would wait for the device
         }
         # Averaged over the epoch and then over the ranks: nothing is exchanged per step.
         model.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
@@ -138,7 +138,11 @@ class ClimbMethod:
         host: Any = super()
         host.on_save_checkpoint(checkpoint)
         if self.climb is not None and self._climb_keys is not None:
-            checkpoint[_STATE] = {"keys": self._climb_keys.named(), "host": freeze_host(self)}
+            checkpoint[_STATE] = {
+                "keys": self._climb_keys.named(),
+                "host": freeze_host(self),
+                "loss": self.climb.climb_state(),
+            }
             without_code(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -152,6 +156,9 @@ class ClimbMethod:
         warn_of_changes(None if saved is None else saved["keys"], now)
         if saved is not None and now is not None:
             self._climb_frozen = saved["host"]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "CLIMB's .* was")  # warn_of_changes said it
+                self._climb[0].load_climb_state(saved["loss"])
         elif now is not None:
             self._climb_grown = checkpoint
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,14 @@ from climb_plugin.gaussian import conditional_entropy
 from climb_plugin.graph import tied
 from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead
 from climb_plugin.prior import make_priors, per_sample
-from climb_plugin.schedule import Constant, Schedule, as_schedule, checked_beta
+from climb_plugin.schedule import (
+    Constant,
+    Schedule,
+    TargetRate,
+    as_schedule,
+    checked_beta,
+    checked_number,
+)
 
 _METADATA = "climb"
 _MODULE_SLOTS = frozenset({"base", "climb_priors"})
@@ -77,7 +83,8 @@ class ClimbLoss(nn.Module):
     Raises:
         TypeError: If ``base`` is not callable or ``heads`` are not heads.
         ValueError: If beta, alpha or free_nats is negative or not finite, if the prior is
-            unknown or has no use for ``views``, or if there is no head while beta is not 0.
+            unknown or has no use for ``views``, if there is no head while beta is not 0, or if
+            a target rate lies within the free nats.
 
     Source: the objective reads Li et al., Contrastive Learning via Variational Information
     Bottleneck, TPAMI 47(9), 2025 (of which only the abstract was at hand) with the bound of
@@ -117,6 +124,12 @@ class ClimbLoss(nn.Module):
             )
         self.alpha = checked_number("alpha", alpha)
         self.free_nats = checked_number("free_nats", free_nats)
+        free = self.free_nats * len(self._heads)
+        if isinstance(self.schedule, TargetRate) and self.schedule.nats <= free:
+            raise ValueError(
+                f"a target rate of {self.schedule.nats} nats cannot be held while {free} nats are "
+                "free: below these no beta has an effect. Lower free_nats or raise the target."
+            )
         self.check_base = check_base
         self.prior = prior
         widths = [head.out_features for head in self._heads]
@@ -153,7 +166,7 @@ class ClimbLoss(nn.Module):
         """
         value = _checked_scalar(self.base(*args, **kwargs))
         base = value.reshape(())
-        beta = self.beta
+        beta = self._beta()
         calls = self._posteriors(base)
         if not calls:
             nan = base.new_full((), math.nan)
@@ -173,6 +186,8 @@ class ClimbLoss(nn.Module):
         self._check_finite(base, rate, entropy, calls)
         if penalty.requires_grad:
             penalty.register_hook(_StepDone(self))
+            if isinstance(self.schedule, TargetRate):
+                self.schedule.observe(self._step, rate)
         total = base + beta * penalty
         self._terms = _detached(total, base, rate, entropy, beta)
         return total.reshape(value.shape)
@@ -196,7 +211,7 @@ class ClimbLoss(nn.Module):
     @property
     def beta(self) -> float:
         """The weight of the bottleneck at the current step."""
-        return checked_beta("the schedule's beta", self.schedule(self._step))
+        return float(self._beta())
 
     @property
     def step(self) -> int:
@@ -215,6 +230,10 @@ class ClimbLoss(nn.Module):
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"step must be an int of 0 or more, got {step!r}.")
         self._step = step
+
+    def _beta(self) -> float | Tensor:
+        beta = self.schedule(self._step)
+        return beta if isinstance(beta, Tensor) else checked_beta("the schedule's beta", beta)
 
     def _posteriors(self, base: Tensor) -> list[list[Posterior]]:
         """For each head its posteriors that ``base`` depends on, or nothing in evaluation."""
@@ -282,10 +301,37 @@ class ClimbLoss(nn.Module):
             "torch.autograd.set_detect_anomaly(True)."
         )
 
+    def climb_state(self) -> dict[str, Any]:
+        """What a resumed run needs, in numbers and strings; part of the state dict's metadata.
+
+        For hosts that keep a loss out of their checkpoints. Waits for the device if beta lives
+        there.
+        """
+        state: dict[str, Any] = {"step": self.step, **self._config()}
+        if isinstance(self.schedule, TargetRate):
+            state["target_rate"] = self.schedule.state()
+        return state
+
+    def load_climb_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what :meth:`climb_state` returned.
+
+        Warns of each setting that was another one.
+        """
+        for name, now in self._config().items():
+            if state[name] != now:
+                warnings.warn(
+                    f"CLIMB's {name} was {state[name]} when this state was saved and is {now} "
+                    "now: the run goes on with the latter.",
+                    stacklevel=2,
+                )
+        self.set_step(state["step"])
+        if isinstance(self.schedule, TargetRate) and "target_rate" in state:
+            self.schedule.load_state(state["target_rate"])
+
     def _config(self) -> dict[str, str]:
-        schedule = self.schedule
-        # The repr of a function holds an address.
-        shown = repr(schedule) if is_dataclass(schedule) else type(schedule).__name__
+        shown = repr(self.schedule)
+        if " at 0x" in shown:  # the address of a function is another one in the next run
+            shown = type(self.schedule).__name__
         return {
             "beta": shown,
             "alpha": repr(self.alpha),
@@ -331,20 +377,6 @@ class _StepDone:
         self._loss.set_step(max(self._loss.step, self._next))
 
 
-def checked_number(name: str, value: float) -> float:
-    """``value`` as a float, if it is a number of 0 or more; ``name`` is for the message.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is negative or not finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative, got {value}.")
-    return float(value)
-
-
 def _checked_heads(heads: GaussianHead | Sequence[GaussianHead]) -> tuple[GaussianHead, ...]:
     several = (heads,) if isinstance(heads, nn.Module) else tuple(heads)
     for head in several:
@@ -372,14 +404,14 @@ def _checked_scalar(value: Any) -> Tensor:
 
 
 def _detached(
-    total: Tensor, base: Tensor, rate: Tensor, entropy: Tensor, beta: float
+    total: Tensor, base: Tensor, rate: Tensor, entropy: Tensor, beta: float | Tensor
 ) -> ClimbTerms:
     return ClimbTerms(
         total.detach(),
         base.detach(),
         rate.detach(),
         entropy.detach(),
-        torch.tensor(beta, dtype=torch.float64),
+        beta if isinstance(beta, Tensor) else torch.tensor(beta, dtype=torch.float64),
     )
 
 
@@ -388,7 +420,7 @@ def _save_as_base(
 ) -> None:
     for key in [key for key in state if key.startswith(prefix + "base.")]:
         state[prefix + key[len(prefix + "base.") :]] = state.pop(key)
-    metadata[_METADATA] = {"step": loss.step, "last_beta": loss.beta, **loss._config()}
+    metadata[_METADATA] = loss.climb_state()
 
 
 def _load_from_base(
@@ -406,11 +438,4 @@ def _load_from_base(
                 stacklevel=2,
             )
         return
-    for name, now in loss._config().items():
-        if saved[name] != now:
-            warnings.warn(
-                f"CLIMB's {name} was {saved[name]} when this state was saved and is {now} now: "
-                "the run goes on with the latter.",
-                stacklevel=2,
-            )
-    loss.set_step(saved["step"])
+    loss.load_climb_state(saved)

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Of a target rate: weight of the past in the smoothed rate, weight of the change of the error,
+# and the rate in nats below which all rates count as equal.
+_MEMORY = 0.9
+_DAMPING = 5.0
+_LEAST_RATE = 1e-6
 
 
 class Schedule(Protocol):
     """Anything that gives beta at a step; its ``repr`` says what it is."""
 
-    def __call__(self, step: int) -> float:
-        """Beta at optimiser step ``step``, counted from 0."""
+    def __call__(self, step: int) -> float | Tensor:
+        """Beta at optimiser step ``step``, counted from 0; a scalar."""
         ...
 
 
@@ -163,6 +174,143 @@ class Exponential(Ramp):
         return float(self.start * (self.beta / self.start) ** progress)
 
 
+class TargetRate:
+    """Adapts beta so that the rate arrives at a target and stays there.
+
+    Log beta is the dual variable of the constraint ``rate = nats``, so beta is positive. After
+    every optimiser step it moves by
+
+        speed * error + 5 * (change of the error since the last step),
+
+    where the error is the logarithm of the smoothed rate over the target (in the first part
+    between -1 and 1). The second part damps: beta rests while the error shrinks by the fraction
+    speed / 5 per step, and goes back while it shrinks faster. A training answers slowly, because
+    mean and std follow at the pace of the optimiser; without that part beta would grow all the
+    while, and the rate fall far too low.
+
+    Beta stays on the device. With several ranks the rate is averaged over them, by one
+    all-reduce of a scalar in every call of the loss, so beta is the same on all.
+
+    A base loss may want fewer nats than the target: then beta goes to its lower bound. If the
+    rate swings about the target instead of settling, the training is too slow for ``speed``:
+    halve it.
+
+    Args:
+        nats: The target, per sample, summed over dimensions (and heads), averaged over samples
+            and views.
+        beta: Where beta starts, in units of the base loss per nat.
+        bounds: Least and greatest beta.
+        speed: Change of log beta per optimiser step at an error of 1 or more (a rate of e times
+            the target). The default suits trainings that answer within a few hundred steps.
+
+    Raises:
+        TypeError: If an argument is no number.
+        ValueError: If the target is not positive, beta is out of bounds, or speed is not
+            positive.
+
+    Source: a constraint by a Lagrange multiplier that is adapted in training, as Rezende and
+    Viola, Taming VAEs, 2018, have it for the distortion. The controller is ours: a proportional
+    and integral one in its incremental form, whose bounds cannot wind it up.
+
+    Examples:
+        >>> target = TargetRate(20.0, beta=1e-3)
+        >>> for step in range(100):
+        ...     target.observe(step, torch.tensor(100.0))
+        >>> bool(target(100) > 5e-3)
+        True
+    """
+
+    def __init__(
+        self,
+        nats: float,
+        *,
+        beta: float = 1e-3,
+        bounds: tuple[float, float] = (1e-8, 1e2),
+        speed: float = 0.03,
+    ) -> None:
+        least, most = bounds
+        positive = {"nats": nats, "beta": beta, "speed": speed, "bounds": least}
+        for name, value in positive.items():
+            if checked_number(name, value) == 0:
+                raise ValueError(f"{name} must be above 0, got {value}.")
+        if not least <= beta <= checked_number("bounds", most):
+            raise ValueError(f"beta must lie within its bounds, got {beta} and {bounds}.")
+        self.nats = float(nats)
+        self.bounds = (float(least), float(most))
+        self.speed = float(speed)
+        self.start = float(beta)
+        self._log_beta = torch.tensor(math.log(beta))
+        self._smoothed: Tensor | None = None
+        # What the calls of one step have shown (a loss per view, gradient accumulation).
+        self._step = 0
+        self._rates: list[Tensor] = []
+
+    def __call__(self, step: int) -> Tensor:
+        """Beta now, a scalar on the device of the rates; ``step`` makes no difference."""
+        return self._log_beta.exp().clamp(*self.bounds)
+
+    def observe(self, step: int, rate: Tensor) -> None:
+        """Takes a rate into account; it has its effect from the next step on.
+
+        Args:
+            step: The optimiser step. The rates of one step are averaged.
+            rate: A scalar in nats, on this rank.
+        """
+        if self._rates and step != self._step:
+            self._move(torch.stack([_beside(rate, seen) for seen in self._rates]).mean())
+            self._rates = []
+        self._step = step
+        # Averaged over the ranks at once: a checkpoint of one rank is then right for all.
+        self._rates.append(_mean_over_ranks(rate.detach().float()))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs, as numbers."""
+        return {
+            "log_beta": float(self._log_beta),
+            "smoothed": None if self._smoothed is None else float(self._smoothed),
+            "step": self._step,
+            "rates": [float(rate) for rate in self._rates],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state` returned."""
+        smoothed = state["smoothed"]
+        self._log_beta = torch.tensor(state["log_beta"])
+        self._smoothed = None if smoothed is None else torch.tensor(smoothed)
+        self._step = state["step"]
+        self._rates = [torch.tensor(rate) for rate in state["rates"]]
+
+    def _move(self, rate: Tensor) -> None:
+        before = rate if self._smoothed is None else _beside(rate, self._smoothed)
+        self._smoothed = before.lerp(rate, 1 - _MEMORY)
+        error = self._error(self._smoothed)
+        step = self.speed * error.clamp(-1, 1) + _DAMPING * (error - self._error(before))
+        moved = _beside(rate, self._log_beta) + step
+        self._log_beta = moved.clamp(*(math.log(bound) for bound in self.bounds))
+
+    def _error(self, rate: Tensor) -> Tensor:
+        # In logarithms, as the rate falls about as a power of beta.
+        return (rate.clamp_min(_LEAST_RATE) / self.nats).log()
+
+    def __repr__(self) -> str:
+        return (
+            f"TargetRate({self.nats}, beta={self.start}, bounds={self.bounds}, speed={self.speed})"
+        )
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value / dist.get_world_size()
+    return value
+
+
+def _beside(other: Tensor, value: Tensor) -> Tensor:
+    """A scalar on the device of ``other``; filled in there, since a copy would wait for it."""
+    return value if value.device == other.device else other.new_full((), float(value))
+
+
 def as_schedule(beta: float | Schedule) -> Schedule:
     """A number as a :class:`Constant`; a schedule as it is.
 
@@ -182,6 +330,20 @@ def checked_beta(name: str, value: float) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}.")
+    return float(value)
+
+
+def checked_number(name: str, value: float) -> float:
+    """``value`` as a float, if it is a number of 0 or more; ``name`` is for the message.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and not negative, got {value}.")
     return float(value)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from climb_plugin.adapters.solo_keys import KEYS, Keys, differences, read_keys
-from climb_plugin.schedule import Constant, Cosine, Exponential, Linear
+from climb_plugin.schedule import Constant, Cosine, Exponential, Linear, TargetRate
 
 
 def read(**section: Any) -> Keys | None:
@@ -69,7 +69,14 @@ def test_a_key_at_the_top_of_the_config_is_refused() -> None:
         ({"climb_beta": 1, "climb_warmup": "x"}, TypeError, "warmup must be an int"),
         ({"climb_beta": 1, "climb_warmup": 1.5}, ValueError, "fraction"),
         ({"climb_beta": 1, "climb_free_nats": -2}, ValueError, "climb_free_nats .* got -2"),
-        ({"climb_beta": 1, "climb_target_rate": 5}, ValueError, "not in this version"),
+        ({"climb_beta": 1, "climb_target_rate": 0}, ValueError, "climb_target_rate must be above"),
+        ({"climb_beta": 1, "climb_target_rate": "5"}, TypeError, "climb_target_rate must be a num"),
+        ({"climb_beta": 1e3, "climb_target_rate": 5}, ValueError, "beta must lie within its bou"),
+        (
+            {"climb_beta": 1, "climb_target_rate": 5, "climb_warmup": 0.1},
+            ValueError,
+            "climb_target_rate=5 adapts beta by itself",
+        ),
     ],
 )
 def test_values_are_checked(section: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -87,6 +94,7 @@ def test_schedules() -> None:
     assert schedule(climb_warmup=0) == Constant(0.5)
     assert schedule(climb_warmup=10) == Linear(0.5, warmup=10)
     assert schedule(climb_warmup=0.1, climb_schedule="cosine") == Cosine(0.5, warmup=0.1)
+    assert repr(schedule(climb_target_rate=8)) == repr(TargetRate(8.0, beta=0.5))
     assert schedule(climb_warmup=3, climb_schedule="exponential") == Exponential(0.5, warmup=3)
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from climb_plugin import ClimbLoss, GaussianHead
 from climb_plugin.adapters.lightning import ClimbCallback
-from climb_plugin.schedule import Linear, Schedule
+from climb_plugin.schedule import Linear, Schedule, TargetRate
 
 PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
 INSTALLED = [module for package, module in PACKAGES.items() if find_spec(package) is not None]
@@ -232,6 +232,30 @@ def test_resuming_goes_on(pl: Any, tmp_path: Path, accumulate: int) -> None:
     assert betas(first) + betas(second) == betas(whole)
     assert len(set(betas(whole))) > 8
     assert [float(t.rate) for t in second.seen] == [float(t.rate) for t in whole.seen[12:]]
+
+
+@pytest.mark.parametrize("submodule", [True, False])
+def test_resuming_goes_on_to_a_target_rate(pl: Any, tmp_path: Path, submodule: bool) -> None:
+    def build(model: Any, beta: float | Schedule) -> None:
+        loss = ClimbLoss(base, heads=model.head, beta=beta)
+        if submodule:
+            model.criterion = loss
+        else:
+            model.hidden = {"loss": loss}
+            model.loss_of = lambda *views: (loss(*views), model.seen.append(loss.terms))[0]
+
+    def fit(epochs: int, **options: Any) -> tuple[Any, Any]:
+        model = make(pl, TargetRate(3.0, beta=0.01), build=build)
+        fitted = trainer(pl, tmp_path, max_epochs=epochs)
+        fitted.fit(model, data(), **options)
+        return model, fitted
+
+    whole, _ = fit(4)
+    first, fitted = fit(2)
+    fitted.save_checkpoint(tmp_path / "half.ckpt")
+    second, _ = fit(4, ckpt_path=str(tmp_path / "half.ckpt"))
+    assert betas(first) + betas(second) == betas(whole)
+    assert len(set(betas(whole))) == len(betas(whole)) - 1  # the first rate shows at the second
 
 
 def test_several_losses_have_names_of_their_own(pl: Any, tmp_path: Path) -> None:

@@ -140,6 +140,18 @@ def test_resuming_repeats_the_uninterrupted_run(
     assert whole[2:4] != whole[4:]
 
 
+def test_resuming_goes_on_to_a_target_rate(methods: dict[str, Any], tmp_path: Path) -> None:
+    def cfg() -> Any:
+        return runs.config("dino", epochs=3, climb_beta=0.1, climb_target_rate=20)
+
+    path = tmp_path / "first.ckpt"
+    model, _, whole = runs.train(methods["dino"], cfg(), SaveFirst(path))
+    resumed, _, rest = runs.train(methods["dino"], cfg(), resume=path)
+    assert rest == whole[2:]
+    assert model.climb.terms.beta == resumed.climb.terms.beta != 0.1
+    assert model.climb.climb_state() == resumed.climb.climb_state()
+
+
 def test_a_plain_checkpoint_goes_on_with_climb(
     methods: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,167 @@
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from climb_plugin import ClimbLoss, GaussianHead
+from climb_plugin.schedule import TargetRate
+
+
+def info_nce(one: Tensor, two: Tensor) -> Tensor:
+    one, two = nn.functional.normalize(one), nn.functional.normalize(two)
+    return nn.functional.cross_entropy(one @ two.T / 0.1, torch.arange(len(one)))
+
+
+class Run:
+    """A training of which views share 16 numbers, each with noise of its own."""
+
+    def __init__(self, target: TargetRate, calls: int = 1) -> None:
+        torch.manual_seed(0)
+        self.head = GaussianHead(32, 16)
+        self.model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), self.head)
+        self.loss = ClimbLoss(info_nce, heads=self.head, beta=target)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=3e-3)
+        self.data = torch.Generator().manual_seed(1)
+        self.calls = calls
+
+    def step(self) -> tuple[float, float]:
+        shared, *noise = torch.randn(3, 64, 16, generator=self.data)
+        one, two = (self.model(shared + 0.3 * own) for own in noise)
+        total = torch.stack([self.loss(one, two) for _ in range(self.calls)]).mean()
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        return float(self.loss.terms.rate), float(self.loss.terms.beta)
+
+    def state(self) -> dict[str, Any]:
+        parts = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        return {**states, "data": self.data.get_state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.data.set_state(state["data"])
+
+
+@pytest.mark.parametrize("beta", [1e-5, 1e-1])
+def test_the_rate_arrives_and_stays(beta: float) -> None:
+    run = Run(TargetRate(8.0, beta=beta))
+    rates = torch.tensor([run.step()[0] for _ in range(2000)])
+    assert not 7.6 < rates[0] < 8.4
+    last = rates[-500:].reshape(5, 100).mean(dim=1)
+    torch.testing.assert_close(last, torch.full((5,), 8.0), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_resumed_run_goes_on_to_the_same_numbers(calls: int) -> None:
+    run = Run(TargetRate(8.0), calls)
+    for _ in range(5):
+        run.step()
+    file = io.BytesIO()
+    torch.save(run.state(), file)
+    rest = [run.step() for _ in range(5)]
+    file.seek(0)
+    resumed = Run(TargetRate(8.0), calls)
+    resumed.load(torch.load(file, weights_only=True))
+    assert [resumed.step() for _ in range(5)] == rest
+    assert len({beta for _, beta in rest}) == 5
+
+
+def test_another_target_on_resume_is_warned_of() -> None:
+    run, other = Run(TargetRate(8.0)), Run(TargetRate(9.0))
+    run.step()
+    with pytest.warns(UserWarning, match=r"beta was TargetRate\(8.0.* is TargetRate\(9.0"):
+        other.loss.load_state_dict(run.loss.state_dict())
+
+
+def betas(target: TargetRate, rates: list[float]) -> list[float]:
+    seen = []
+    for step, rate in enumerate(rates):
+        seen.append(float(target(step)))
+        target.observe(step, torch.tensor(rate))
+    return seen
+
+
+def test_beta_stays_within_its_bounds_and_leaves_them_at_once() -> None:
+    bounds = (1e-4, 1e-2)
+    # So long above the target that without the bound log beta would be 8 above it.
+    seen = betas(TargetRate(10.0, bounds=bounds), [12.0] * 2000 + [9.0] * 2000)
+    assert seen[1999] == pytest.approx(1e-2)
+    assert seen[2020] < 0.5e-2
+    assert seen[-1] == pytest.approx(1e-4)
+    assert all(1e-4 * (1 - 1e-5) <= beta <= 1e-2 * (1 + 1e-5) for beta in seen)
+
+
+def test_the_law_of_the_controller() -> None:
+    # At a constant rate the change of the error is 0: log beta moves by speed * error.
+    target = TargetRate(10.0, beta=1e-3, speed=0.1)
+    seen = betas(target, [10.0 * math.exp(0.5)] * 12)
+    assert math.log(seen[11] / seen[10]) == pytest.approx(0.1 * 0.5, rel=1e-4)
+    far = betas(TargetRate(10.0, beta=1e-3, speed=0.1), [10.0 * math.exp(3.0)] * 12)
+    assert math.log(far[11] / far[10]) == pytest.approx(0.1, rel=1e-4)
+    at_target = betas(TargetRate(10.0, beta=1e-3), [10.0] * 5)
+    assert at_target == pytest.approx([1e-3] * 5)
+
+
+def test_a_rate_of_zero_is_no_error() -> None:
+    assert betas(TargetRate(10.0, beta=1e-3), [0.0] * 50)[-1] < 1e-3
+
+
+def test_it_takes_effect_at_the_next_step_with_the_mean_of_the_calls() -> None:
+    one, two = TargetRate(10.0), TargetRate(10.0)
+    for rates in ([30.0, 50.0], [40.0, 40.0]):
+        one.observe(int(rates[0] == 40.0), torch.tensor(rates[0]))
+        one.observe(int(rates[0] == 40.0), torch.tensor(rates[1]))
+    betas(two, [40.0, 40.0])
+    assert torch.equal(one(2), two(2))
+    assert float(one(2)) > 1e-3
+
+
+def test_a_state_in_the_middle_of_a_step() -> None:
+    one, two = TargetRate(10.0), TargetRate(10.0)
+    betas(one, [30.0, 40.0])
+    two.load_state(one.state())
+    for target in (one, two):
+        target.observe(1, torch.tensor(60.0))
+        target.observe(2, torch.tensor(10.0))
+    assert torch.equal(one(2), two(2))
+
+
+def test_no_step_waits_for_the_device() -> None:
+    # A fake tensor has no value: to ask for one, as a synchronisation would, raises.
+    with FakeTensorMode():
+        target = TargetRate(10.0)
+        for step in range(3):
+            target.observe(step, torch.empty((), device="cuda"))
+            assert target(step).device.type == ("cuda" if step else "cpu")
+        with pytest.raises(DataDependentOutputException):
+            target.state()
+
+
+def test_a_target_within_the_free_nats_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"target rate of 5\.0 nats .* while 6\.0 nats are free"):
+        ClimbLoss(info_nce, heads=GaussianHead(4), beta=TargetRate(5.0), free_nats=6.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"nats": 0}, ValueError, "nats must be above 0, got 0"),
+        ({"nats": -1.0}, ValueError, "nats must be finite and not negative, got -1.0"),
+        ({"nats": "8"}, TypeError, "nats must be a number, got '8'"),
+        ({"beta": 0.0}, ValueError, "beta must be above 0"),
+        ({"beta": 1e3}, ValueError, r"beta must lie within its bounds, got 1000.0"),
+        ({"speed": 0.0}, ValueError, "speed must be above 0"),
+        ({"bounds": (0.0, 1.0)}, ValueError, "bounds must be above 0"),
+        ({"bounds": (1e-4, math.inf)}, ValueError, "bounds must be finite"),
+    ],
+)
+def test_wrong_input(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TargetRate(**{"nats": 8.0, **options})
