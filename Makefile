@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo clean
+.PHONY: test demo notebooks clean
 
 # Installed, not in place: the tests and mypy see what a user of the wheel sees. mypy runs in
 # tests, because in the root it would find the core there, without adapters. Adapters whose host
@@ -17,6 +17,10 @@ demo: .venv/demo
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	$(BIN)/python examples/quickstart.py
 
+notebooks: .venv/notebooks
+	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+	$(BIN)/python tests/examples/notebooks.py
+
 .venv/test: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet '.[test,lightly,examples]'
@@ -25,6 +29,11 @@ demo: .venv/demo
 .venv/demo: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet '.[examples]'
+	touch $@
+
+.venv/notebooks: pyproject.toml setup.cfg
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet '.[notebooks]'
 	touch $@
 
 clean:
