@@ -48,7 +48,22 @@ def reparameterize(
     noise = torch.randn(
         wide_mean.shape, generator=generator, dtype=wide_mean.dtype, device=wide_mean.device
     )
-    return torch.addcmul(wide_mean, noise, torch.exp(wide_logvar / 2)).to(mean.dtype)
+    return add_noise(wide_mean, wide_logvar, noise).to(mean.dtype)
+
+
+def add_noise(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """The sample that standard normal ``noise`` is turned into: mean + std * noise.
+
+    Args:
+        mean: Means, of shape (..., B, D).
+        logvar: Log-variances, of the same shape and dtype.
+        noise: Of the same shape and dtype.
+
+    Examples:
+        >>> add_noise(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([[0.5, -1.0]]))
+        tensor([[1.5000, 0.0000]])
+    """
+    return torch.addcmul(mean, noise, torch.exp(logvar / 2))
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from climb_plugin.finite import FiniteCheck
 from climb_plugin.gaussian import conditional_entropy
-from climb_plugin.graph import tied
-from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead
+from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead, records_of
 from climb_plugin.prior import make_priors, per_sample
 from climb_plugin.schedule import (
     Constant,
@@ -265,14 +264,17 @@ class ClimbLoss(nn.Module):
 
     def _records(self, base: Tensor) -> list[Record]:
         """The records of this loss's heads that ``base`` depends on, in the order of the calls."""
+        for head in self._heads:
+            head.collect()
         found: dict[tuple[int, int], Record] = {}
-        frontier: list[Record] = tied(base)
+        frontier = records_of(base)
         while frontier:
             found.update({(id(record.head), record.call): record for record in frontier})
             if {id(head) for head in self._heads} <= {head for head, _ in found}:
                 break
             # A head may sit upstream of another one (features and projection).
-            frontier = [r for record in frontier for r in tied(record.posterior.logvar)]
+            upstream = [r for record in frontier for r in records_of(record.posterior.logvar)]
+            frontier = [r for r in upstream if (id(r.head), r.call) not in found]
         return sorted(found.values(), key=lambda record: record.call)
 
     def _check_finite(
