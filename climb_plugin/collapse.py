@@ -26,8 +26,8 @@ PRIOR_NATS = 0.1
 """A posterior whose rate per dimension is below this is near the prior."""
 OFF_PRIOR_NATS = 0.5
 """Above this it is not CLIMB that holds an embedding in one place."""
-POINT_STD = 0.03
-"""Below this spread (mean cosine above 0.999) the embedding is one point."""
+POINT_STD = 0.05
+"""Below this spread (mean cosine above 0.997) the embedding is one point."""
 PINNED_NATS = 0.05
 """A base loss that is this close to ln K is pinned there."""
 

@@ -121,6 +121,11 @@ class TestSigns:
         assert Caught().see(PRIOR, times=BASE_CALLS, beta=torch.tensor(0.0)).what == []
         assert len(Caught().see(PRIOR, times=BASE_CALLS, beta=torch.tensor(0.1)).what) == 1
 
+    def test_a_collapsed_posterior_may_pin_the_base_loss(self) -> None:
+        base = SimpleNamespace(center=torch.zeros(1, 20))
+        seen = Caught().see(PRIOR, times=2 * BASE_CALLS, base=base, value=3.0)  # type: ignore[arg-type]
+        assert [what for _, what in seen.what] == ["CLIMB: the posterior"]
+
     def test_it_must_last(self) -> None:
         seen = Caught().see(PRIOR, times=POSTERIOR_CALLS - 1).see(HEALTHY, times=EVERY)
         assert seen.see(PRIOR, times=POSTERIOR_CALLS - EVERY).what == []
@@ -186,11 +191,13 @@ def attract(one: Tensor, two: Tensor) -> Tensor:
     return -F.cosine_similarity(one, two).mean()
 
 
-def train(base: Callable[..., Tensor], *, beta: float | Schedule, steps: int) -> list[str]:
+def train(
+    base: Callable[..., Tensor], *, beta: float | Schedule, steps: int, lr: float = 1e-2
+) -> list[str]:
     """The warnings of a training."""
     model = Learner()
     loss = ClimbLoss(base, heads=model.head, beta=beta)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(steps):
@@ -203,16 +210,16 @@ def train(base: Callable[..., Tensor], *, beta: float | Schedule, steps: int) ->
 
 class TestRuns:
     def test_too_high_a_beta(self) -> None:
-        (message,) = train(contrast, beta=10.0, steps=1500)
+        (message,) = train(contrast, beta=10.0, steps=1200)
         assert message.startswith("CLIMB: the posterior has collapsed: for 200 calls")
 
     def test_nothing_that_keeps_images_apart(self) -> None:
-        (message,) = train(attract, beta=1e-5, steps=1500)
+        (message,) = train(attract, beta=1e-5, steps=1500, lr=0.03)
         assert message.startswith("CLIMB: the base has collapsed: for 1000 calls")
 
-    @pytest.mark.parametrize("beta", [0.0, 1e-3, Linear(1e-2, warmup=300), 0.02])
+    @pytest.mark.parametrize("beta", [0.0, Linear(0.02, warmup=300)])
     def test_healthy(self, beta: float | Schedule) -> None:
-        assert train(contrast, beta=beta, steps=1500) == []
+        assert train(contrast, beta=beta, steps=1200) == []
 
 
 def test_neither_numbers_nor_random_state_change(monkeypatch: pytest.MonkeyPatch) -> None:
