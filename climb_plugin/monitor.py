@@ -95,7 +95,7 @@ def signal_to_noise(mean: Tensor, logvar: Tensor) -> Tensor:
         tensor([9., 0.])
     """
     mean, logvar = checked(mean, logvar)
-    signal = _shifted(mean).var(dim=-2, correction=0)
+    signal = mean.var(dim=-2, correction=0)
     noise = torch.exp(logvar).mean(dim=-2)
     return _rows(signal).mean(dim=0) / _rows(noise).mean(dim=0)
 
@@ -131,7 +131,9 @@ def effective_rank(mean: Tensor) -> Tensor:
         tensor(0.)
     """
     (mean,) = checked(mean)
-    rows = _shifted(_rows(mean))
+    rows = _rows(mean)
+    # Less the first: equal rows are then exactly 0, whatever rounds in their mean.
+    rows = rows - rows[:1]
     values = torch.linalg.svdvals(rows - rows.mean(dim=0))
     total = values.sum()
     # entr(0) is 0; the smallest number keeps 0 / 0 away.
@@ -166,7 +168,7 @@ def normalized_std(embedding: Tensor) -> Tensor:
         tensor(0.)
     """
     (embedding,) = checked(embedding)
-    directions = _shifted(F.normalize(embedding, dim=-1))
+    directions = F.normalize(embedding, dim=-1)
     return directions.std(dim=-2, correction=0).mean() * math.sqrt(embedding.shape[-1])
 
 
@@ -274,8 +276,3 @@ def measure(mean: Tensor, logvar: Tensor) -> Measurements:
 def _rows(values: Tensor) -> Tensor:
     """(..., B, D) as (rows, D)."""
     return values.flatten(0, -2) if values.ndim > 1 else values.unsqueeze(0)
-
-
-def _shifted(values: Tensor) -> Tensor:
-    """Less the first row: equal rows are then exactly 0, whatever rounds in their mean."""
-    return values - values[..., :1, :]

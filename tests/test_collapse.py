@@ -106,7 +106,8 @@ class TestSigns:
         seen = Caught().see(HEALTHY, times=3 * BASE_CALLS, base=base, value=3.0)
         assert seen.what == [(BASE_CALLS, "CLIMB: the base")]
         assert "the base loss is 3, pinned at ln K = 2.996 for K = 20" in seen.messages[0][1]
-        assert Caught().see(HEALTHY, times=BASE_CALLS, base=base, value=3.1).what == []
+        for value in (2.9, 3.1):
+            assert Caught().see(HEALTHY, times=BASE_CALLS, base=base, value=value).what == []
 
     @pytest.mark.parametrize("center", [None, 3.0, torch.zeros(()), torch.zeros(4, 1)])
     def test_without_classes_nothing_is_pinned(self, center: object) -> None:
@@ -125,6 +126,10 @@ class TestSigns:
         base = SimpleNamespace(center=torch.zeros(1, 20))
         seen = Caught().see(PRIOR, times=2 * BASE_CALLS, base=base, value=3.0)  # type: ignore[arg-type]
         assert [what for _, what in seen.what] == ["CLIMB: the posterior"]
+
+    def test_on_the_way_to_the_prior_neither_is_blamed(self) -> None:
+        halfway = gaussian(0.1 + 1e-3 * normal(16, DIM), 0.6)
+        assert Caught().see(halfway, times=BASE_CALLS).what == []
 
     def test_it_must_last(self) -> None:
         seen = Caught().see(PRIOR, times=POSTERIOR_CALLS - 1).see(HEALTHY, times=EVERY)

@@ -68,6 +68,12 @@ class TestSignalToNoise:
         expected = mean.numpy().var(axis=0) / np.exp(logvar.numpy()).mean(axis=0)
         np.testing.assert_allclose(signal_to_noise(mean, logvar).numpy(), expected)
 
+    def test_tokens_are_pooled(self) -> None:
+        mean, logvar = normal(2, 3, 16, 5, dtype=torch.float64)
+        signal = mean.numpy().var(axis=1).mean(axis=0)
+        expected = signal / np.exp(logvar.numpy()).mean(axis=(0, 1))
+        np.testing.assert_allclose(signal_to_noise(mean, logvar).numpy(), expected)
+
     def test_a_difference_between_views_or_tokens_is_no_signal(self) -> None:
         mean = torch.arange(3.0)[:, None, None].expand(3, 8, 2)
         assert not signal_to_noise(mean, torch.zeros(3, 8, 2)).any()
@@ -192,10 +198,12 @@ class TestTeacherEntropy:
 
 
 def test_measure_is_all_of_them_detached() -> None:
-    mean, logvar = normal(2, 16, 5).requires_grad_().unbind()
+    values = normal(2, 16, 5)
+    values[:, :, 0] *= 0.01  # not active
+    mean, logvar = values.requires_grad_().unbind()
     seen = measure(mean, logvar)
     torch.testing.assert_close(seen.rate, rate_per_dimension(mean, logvar).detach())
-    assert seen.active_dimensions == active_dimensions(mean, logvar)
+    assert seen.active_dimensions == active_dimensions(mean, logvar) == 4
     torch.testing.assert_close(seen.signal_to_noise, signal_to_noise(mean, logvar).detach())
     torch.testing.assert_close(seen.effective_rank, effective_rank(mean).detach())
     torch.testing.assert_close(seen.normalized_std, normalized_std(mean).detach())
