@@ -88,6 +88,9 @@ class TestSigns:
         ((_, text),) = Caught().see(PRIOR, times=POSTERIOR_CALLS).messages
         rate = kl_to_standard_normal(*PRIOR).mean().item()
         assert f"The rate is {rate:.3g} nats ({rate / 0.6931472:.3g} bits)" in text
+        ratio = PRIOR.mean.var(dim=0, correction=0) / 0.99**2
+        signal = (1 + ratio).log().sum().item() / 2
+        assert f"now {signal:.3g} nats ({signal / 0.6931472:.3g} bits) at most" in text
 
     def test_embedding_at_one_point(self) -> None:
         seen = Caught().see(POINT, times=3 * BASE_CALLS)
