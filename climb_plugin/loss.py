@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from climb_plugin.collapse import CollapseWatch
 from climb_plugin.finite import FiniteCheck
 from climb_plugin.gaussian import conditional_entropy
 from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead, records_of
@@ -142,6 +143,7 @@ class ClimbLoss(nn.Module):
         self._step = 0
         self._terms: ClimbTerms | None = None
         self._finite = FiniteCheck()
+        self._collapse = CollapseWatch()
         self.base = base
         self._register_state_dict_hook(_save_as_base)  # type: ignore[no-untyped-call]
         self._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
@@ -183,6 +185,9 @@ class ClimbLoss(nn.Module):
         if self.alpha:
             penalty = penalty + self.alpha * entropy
         self._check_finite(base, rate, entropy, calls)
+        # The rate to another view says nothing about how near to a prior the posterior is.
+        fixed = None if self.prior == "view" else rates
+        self._collapse.observe(base=self.base, value=base, beta=beta, rates=fixed, calls=calls)
         if penalty.requires_grad:
             penalty.register_hook(_StepDone(self))
             if isinstance(self.schedule, TargetRate):
