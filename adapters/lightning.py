@@ -127,8 +127,6 @@ class ClimbCallback(_Callback):
     ) -> None:
         """Logs the terms of the step."""
         for path, record in self._records.items():
-            # A checkpoint that is saved now holds the step that comes next.
-            record.loss.set_step(trainer.global_step)
             suffix = f"_{path}" if len(self._records) > 1 else ""
             values = {f"{name}{suffix}": value for name, value in record.means().items()}
             # Averaged over the epoch and then over the ranks: nothing is exchanged per step.
