@@ -58,10 +58,15 @@ def execute(source: Path, seconds: float) -> str:
         timeout_func=lambda _: max(1, round(deadline - time.monotonic())),
         coalesce_streams=True,
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # it warns of its own connection, which is local
     )
     stopped = False
     try:
-        client.execute(cleanup_kc=True)  # the process ends, though the manager is ours
+        client.execute(
+            cleanup_kc=True,  # the process ends, though the manager is ours
+            # tqdm's, on being imported without ipywidgets; it shows where it is installed.
+            env={**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"},
+        )
     except CellExecutionError as error:
         if error.ename != STOP:
             raise
