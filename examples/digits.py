@@ -15,10 +15,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from lightly.loss import DINOLoss, NTXentLoss
-from lightly.models.modules import DINOProjectionHead, SimCLRProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
-from lightly.utils.benchmarking import knn_predict
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -27,6 +23,14 @@ from torch.nn import functional as F
 from climb_plugin import ClimbLoss
 from climb_plugin.adapters.lightly import wrap
 from climb_plugin.schedule import Schedule
+
+with warnings.catch_warnings():
+    # In a notebook tqdm wants ipywidgets as soon as lightly imports it; nothing here uses tqdm.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from lightly.loss import DINOLoss, NTXentLoss
+    from lightly.models.modules import DINOProjectionHead, SimCLRProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+    from lightly.utils.benchmarking import knn_predict
 
 FEATURES = 64  # width of the backbone's output
 EMBEDDING = 32  # width at the end of the projection MLP, where CLIMB's Gaussian sits
