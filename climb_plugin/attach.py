@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from climb_plugin.graph import eager
 from climb_plugin.head import GaussianHead
 from climb_plugin.probe import Probe, end_of_projection, first_layer, input_width
 
@@ -210,19 +210,22 @@ class _OptimizerWatch:
     def __init__(self, reference: nn.Parameter, head: GaussianHead) -> None:
         self._parameters = (reference, head.logvar.bias)
         self._versions: tuple[int, ...] | None = None
-        self._handle = head.register_forward_hook(self)
+        self._handle: RemovableHandle | None = None
+        self._watched = head.before_draw
+        # Not a forward hook, which torch.compile would have to trace.
+        self._watched.append(self)
         # A checkpoint of the plain model moves the projection head alone, and rightly so.
         head.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             self._start_anew
         )
 
-    @eager
-    def __call__(self, head: GaussianHead, args: tuple[Any, ...], output: Tensor) -> None:
-        if not head.logvar.bias.requires_grad:  # frozen by the user
+    def __call__(self) -> None:
+        bias = self._parameters[1]
+        if not bias.requires_grad:  # frozen by the user
             return
+        if self._handle is None:
+            self._handle = bias.register_hook(self._after_backward)
         if self._versions is None:
-            if output.requires_grad:
-                output.register_hook(self._after_backward)
             return
         moved, moved_head = (
             parameter._version != version
@@ -236,6 +239,7 @@ class _OptimizerWatch:
             )
         if moved:
             self._handle.remove()
+            self._watched.remove(self)
 
     def _after_backward(self, gradient: Tensor) -> None:
         self._versions = tuple(parameter._version for parameter in self._parameters)
@@ -244,5 +248,5 @@ class _OptimizerWatch:
         self._versions = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # The versions of a copy start anew.
-        return {**self.__dict__, "_versions": None}
+        # The versions of a copy start anew, and a copied parameter has no hooks.
+        return {**self.__dict__, "_versions": None, "_handle": None}

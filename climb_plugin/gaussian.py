@@ -44,11 +44,26 @@ def reparameterize(
         >>> reparameterize(torch.zeros(4, 2), torch.full((4, 2), -20.0)).abs().max() < 1e-3
         tensor(True)
     """
-    wide_mean, wide_logvar = _checked(mean, logvar)
+    wide_mean, wide_logvar = checked(mean, logvar)
     noise = torch.randn(
         wide_mean.shape, generator=generator, dtype=wide_mean.dtype, device=wide_mean.device
     )
-    return torch.addcmul(wide_mean, noise, torch.exp(wide_logvar / 2)).to(mean.dtype)
+    return add_noise(wide_mean, wide_logvar, noise).to(mean.dtype)
+
+
+def add_noise(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """The sample that standard normal ``noise`` is turned into: mean + std * noise.
+
+    Args:
+        mean: Means, of shape (..., B, D).
+        logvar: Log-variances, of the same shape and dtype.
+        noise: Of the same shape and dtype.
+
+    Examples:
+        >>> add_noise(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([[0.5, -1.0]]))
+        tensor([[1.5000, 0.0000]])
+    """
+    return torch.addcmul(mean, noise, torch.exp(logvar / 2))
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -71,7 +86,7 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
         >>> kl_to_standard_normal(torch.ones(1, 4), torch.zeros(1, 4))
         tensor([2.])
     """
-    mean, logvar = _checked(mean, logvar)
+    mean, logvar = checked(mean, logvar)
     return _half_sum(mean.square() + (torch.expm1(logvar) - logvar))
 
 
@@ -96,7 +111,7 @@ def kl_between(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: T
         >>> kl_between(zeros + 1, zeros, zeros, zeros)
         tensor([2.])
     """
-    mean, logvar, other_mean, other_logvar = _checked(mean, logvar, other_mean, other_logvar)
+    mean, logvar, other_mean, other_logvar = checked(mean, logvar, other_mean, other_logvar)
     log_ratio = logvar - other_logvar
     distance = (mean - other_mean).square() * torch.exp(-other_logvar)
     return _half_sum(distance + (torch.expm1(log_ratio) - log_ratio))
@@ -126,7 +141,7 @@ def symmetric_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar:
         >>> symmetric_kl(zeros + 1, zeros, zeros, zeros)
         tensor([2.])
     """
-    mean, logvar, other_mean, other_logvar = _checked(mean, logvar, other_mean, other_logvar)
+    mean, logvar, other_mean, other_logvar = checked(mean, logvar, other_mean, other_logvar)
     precisions = torch.exp(-logvar) + torch.exp(-other_logvar)
     # cosh(x) - 1 = 2 sinh(x / 2)^2 does not cancel where the variances are nearly equal.
     spread = 2 * torch.sinh((logvar - other_logvar) / 2).square()
@@ -153,7 +168,7 @@ def conditional_entropy(mean: Tensor, logvar: Tensor) -> Tensor:
         >>> conditional_entropy(torch.zeros(1, 2), torch.zeros(1, 2))
         tensor([2.8379])
     """
-    _, logvar = _checked(mean, logvar)
+    _, logvar = checked(mean, logvar)
     return _half_sum(1 + _LOG_2PI + logvar)
 
 
@@ -177,7 +192,7 @@ def entropy_bound(mean: Tensor, logvar: Tensor) -> Tensor:
         >>> entropy_bound(torch.zeros(1, 2), torch.zeros(1, 2))
         tensor([2.8379])
     """
-    mean, logvar = _checked(mean, logvar)
+    mean, logvar = checked(mean, logvar)
     return _half_sum(mean.square() + torch.exp(logvar) + _LOG_2PI)
 
 
@@ -224,8 +239,13 @@ def _half_sum(per_dimension: Tensor) -> Tensor:
     return per_dimension.sum(dim=-1) / 2
 
 
-def _checked(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in float32 or float64, if they fit together."""
+def checked(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in float32 or float64, if they are float and have one shape (..., B, D).
+
+    Raises:
+        TypeError: If one is not a floating-point tensor.
+        ValueError: If the shapes differ or have fewer than two dimensions.
+    """
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected a tensor, got {type(tensor).__name__}: {tensor!r}.")

@@ -8,22 +8,16 @@ reaches the loss, and a script that calls its criterion once per view counts eac
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _KEY = "climb_plugin"
 
 
 def tie(item: object, *, to: Tensor) -> None:
-    """Makes the autograd node of ``to`` hold ``item``.
+    """Makes the autograd node of ``to`` hold ``item``, beside what it holds already.
 
     Args:
         item: What :func:`tied` shall find.
@@ -34,7 +28,8 @@ def tie(item: object, *, to: Tensor) -> None:
     """
     if to.grad_fn is None:
         raise ValueError("the tensor has no grad_fn, so nothing can be tied to its graph.")
-    _metadata(to.grad_fn)[_KEY] = item
+    # All that was compiled together has one node.
+    _metadata(to.grad_fn).setdefault(_KEY, []).append(item)
 
 
 def tied(value: Tensor) -> list[Any]:
@@ -58,32 +53,15 @@ def tied(value: Tensor) -> list[Any]:
         node = stack.pop()
         if node is None:
             continue
-        item = _metadata(node).get(_KEY)
-        if item is not None:
-            found.append(item)
+        items = _metadata(node).get(_KEY)
+        if items is not None:
+            found.extend(items)
             continue
         for parent, _ in node.next_functions:
             if parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
     return found
-
-
-def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes torch.compile step around ``function``: nodes exist only in eager mode.
-
-    ``torch.compiler.disable`` as a decorator would import the compiler with this package, which
-    takes a second.
-    """
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            disabled: Callable[P, R] = torch.compiler.disable(function)
-            return disabled(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call
 
 
 def _metadata(node: Node) -> dict[str, Any]:

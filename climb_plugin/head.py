@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import NamedTuple, cast
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from climb_plugin.compiled import Noise, Shelf
 from climb_plugin.gaussian import (
     LOGVAR_MAX,
     LOGVAR_MIN,
+    add_noise,
     bound_logvar,
-    reparameterize,
     unbound_logvar,
 )
-from climb_plugin.graph import eager, tie
+from climb_plugin.graph import tie, tied
 from climb_plugin.noise import NoiseStream
 
 # How many forward calls back a checkpointed forward can be recognised when it runs again.
 _REPLAYABLE_CALLS = 256
+# How many posteriors of compiled code are kept for a loss and its backward.
+_KEPT = 64
 
 
 class Posterior(NamedTuple):
@@ -32,11 +38,31 @@ class Posterior(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A posterior, the head that made it, and the number of its forward call."""
+    """A posterior, the head that made it, and its place among that head's posteriors."""
 
     head: GaussianHead
     call: int
     posterior: Posterior
+
+
+class _Claim(NamedTuple):
+    """Stands for a record in the node that the record itself keeps alive."""
+
+    head: ReferenceType[GaussianHead]
+    call: int
+
+
+def records_of(value: Tensor) -> list[Record]:
+    """The posteriors of all samples that ``value`` depends on, up to the nearest heads."""
+    records = []
+    for item in tied(value):
+        record = item
+        if isinstance(item, _Claim):
+            head = item.head()
+            record = None if head is None else head.kept(item.call)
+        if record is not None:
+            records.append(record)
+    return records
 
 
 class _Linear(nn.Linear):
@@ -115,7 +141,16 @@ class GaussianHead(nn.Module):
         nn.init.zeros_(self.logvar.weight)
         nn.init.constant_(self.logvar.bias, unbound_logvar(2 * math.log(init_std)))
         self.noise = NoiseStream(seed=torch.initial_seed() if seed is None else seed)
+        self.before_draw: list[Callable[[], None]] = []
+        self._start()
+
+    def _start(self) -> None:
+        """What only a running process needs; neither copied nor saved."""
         self._calls: deque[tuple[int, Tensor]] = deque(maxlen=_REPLAYABLE_CALLS)
+        self._order = itertools.count()
+        self._shelf = Shelf()
+        self._kept: OrderedDict[int, Record] = OrderedDict()
+        self._compiled_noise = Noise(self)
 
     def forward(self, embedding: Tensor) -> Tensor:
         """A sample of the posterior in training, its mean in ``eval()``."""
@@ -160,14 +195,35 @@ class GaussianHead(nn.Module):
         teacher.load_state_dict(self.state_dict())
         return teacher.requires_grad_(False)
 
-    @eager
-    def _sample(self, embedding: Tensor) -> Tensor:
-        posterior = self.posterior(embedding)
-        if embedding.numel() == 0:
-            raise ValueError(
-                f"GaussianHead cannot sample for an empty batch, got shape "
-                f"{tuple(embedding.shape)}: skip the step or use drop_last=True."
-            )
+    def collect(self) -> None:
+        """Takes the posteriors that compiled code has left, now that they have their graph.
+
+        They are outputs of the node that they shall be found by, so it cannot hold them: that
+        would be a cycle through C++, which nothing frees. The head does, until that node's
+        backward has run.
+        """
+        for posterior in self._shelf.take():
+            record = self._record(posterior)
+            # The mean may be what went into the compiled code: its node may be another one.
+            node = posterior.logvar.grad_fn
+            if node is None:
+                continue
+            claim = _Claim(ref(self), record.call)
+            tie(claim, to=posterior.logvar)
+            node.register_hook(lambda *_, claim=claim: _drop(claim))
+            self._kept[record.call] = record
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+
+    def kept(self, call: int) -> Record | None:
+        """A record of compiled code, until the backward through it has run."""
+        return self._kept.get(call)
+
+    def draw(self, embedding: Tensor) -> Tensor:
+        """The noise of the next sample: shape (..., B, out_features), float32 or float64."""
+        self.collect()
+        for watch in tuple(self.before_draw):
+            watch()
         call = self._replayed_call(embedding)
         if call is None:
             call = self.noise.drawn
@@ -175,10 +231,33 @@ class GaussianHead(nn.Module):
             self._calls.append((call, _fingerprint(embedding)))
         else:
             generator = self.noise.at(call, embedding.device)
-        sample = reparameterize(*posterior, generator=generator)
-        if sample.grad_fn is not None:
-            tie(Record(self, call, posterior), to=sample)
+        return torch.randn(
+            (*embedding.shape[:-1], self.out_features),
+            generator=generator,
+            dtype=torch.float64 if embedding.dtype == torch.float64 else torch.float32,
+            device=embedding.device,
+        )
+
+    def _sample(self, embedding: Tensor) -> Tensor:
+        posterior = self.posterior(embedding)
+        if embedding.numel() == 0:
+            raise ValueError(
+                f"GaussianHead cannot sample for an empty batch, got shape "
+                f"{tuple(embedding.shape)}: skip the step or use drop_last=True."
+            )
+        if torch.compiler.is_compiling():
+            noise = self._compiled_noise.draw(embedding, self.out_features)
+            sample = add_noise(*posterior, noise)
+            if sample.requires_grad:
+                self._shelf.put(posterior)
+        else:
+            sample = add_noise(*posterior, self.draw(embedding))
+            if sample.grad_fn is not None:
+                tie(self._record(posterior), to=sample)
         return sample.to(embedding.dtype)
+
+    def _record(self, posterior: Posterior) -> Record:
+        return Record(self, next(self._order), posterior)
 
     def _replayed_call(self, embedding: Tensor) -> int | None:
         """The call that activation checkpointing is running again, if it is.
@@ -224,8 +303,18 @@ class GaussianHead(nn.Module):
         self.noise.drawn = (drawn_high << 32) + drawn_low
 
     def __getstate__(self) -> dict[str, object]:
-        # What only a running backward needs is neither copied nor saved.
-        return {**self.__dict__, "_calls": deque(maxlen=_REPLAYABLE_CALLS)}
+        running = ("_calls", "_order", "_shelf", "_kept", "_compiled_noise")
+        return {name: value for name, value in self.__dict__.items() if name not in running}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._start()
+
+
+def _drop(claim: _Claim) -> None:
+    head = claim.head()
+    if head is not None:
+        head._kept.pop(claim.call, None)
 
 
 class TeacherHead(GaussianHead):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from climb_plugin.collapse import CollapseWatch
 from climb_plugin.finite import FiniteCheck
 from climb_plugin.gaussian import conditional_entropy
-from climb_plugin.graph import tied
-from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead
+from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead, records_of
 from climb_plugin.prior import make_priors, per_sample
 from climb_plugin.ranks import averaged, joining, several
 from climb_plugin.schedule import (
@@ -145,6 +145,7 @@ class ClimbLoss(nn.Module):
         self._terms: ClimbTerms | None = None
         self._finite = FiniteCheck()
         self._ranks_checked = False
+        self._collapse = CollapseWatch()
         self.base = base
         self._register_state_dict_hook(_save_as_base)  # type: ignore[no-untyped-call]
         self._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
@@ -188,6 +189,9 @@ class ClimbLoss(nn.Module):
         if self.alpha:
             penalty = penalty + self.alpha * entropy
         self._check_finite(base, rate, entropy, calls)
+        # The rate to another view says nothing about how near to a prior the posterior is.
+        fixed = None if self.prior == "view" else rates
+        self._collapse.observe(base=self.base, value=base, beta=beta, rates=fixed, calls=calls)
         if penalty.requires_grad:
             penalty.register_hook(_StepDone(self))
             if isinstance(self.schedule, TargetRate):
@@ -270,14 +274,17 @@ class ClimbLoss(nn.Module):
 
     def _records(self, base: Tensor) -> list[Record]:
         """The records of this loss's heads that ``base`` depends on, in the order of the calls."""
+        for head in self._heads:
+            head.collect()
         found: dict[tuple[int, int], Record] = {}
-        frontier: list[Record] = tied(base)
+        frontier = records_of(base)
         while frontier:
             found.update({(id(record.head), record.call): record for record in frontier})
             if {id(head) for head in self._heads} <= {head for head, _ in found}:
                 break
             # A head may sit upstream of another one (features and projection).
-            frontier = [r for record in frontier for r in tied(record.posterior.logvar)]
+            upstream = [r for record in frontier for r in records_of(record.posterior.logvar)]
+            frontier = [r for r in upstream if (id(r.head), r.call) not in found]
         return sorted(found.values(), key=lambda record: record.call)
 
     def _check_ranks(self) -> None:

@@ -1,12 +1,19 @@
-"""What to watch while training."""
+"""What to watch while training.
+
+All but :func:`active_dimensions` and :func:`nats_to_bits` return tensors on the device of their
+arguments. None of them changes a random number or a gradient.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from climb_plugin.gaussian import kl_to_standard_normal
+from climb_plugin.gaussian import checked, kl_to_standard_normal
 
 ACTIVE_NATS = 0.01
 """A dimension counts as active if its mean rate is above this many nats."""
@@ -32,17 +39,23 @@ def rate_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
     Returns:
         Rates in nats, of shape (D,); their sum is the rate.
 
+    Raises:
+        TypeError: If an argument is not a floating-point tensor.
+        ValueError: If the shapes differ or have fewer than two dimensions.
+
     Examples:
-        >>> import torch
         >>> rate_per_dimension(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2))
         tensor([0., 2.])
     """
+    mean, logvar = checked(mean, logvar)
     per_sample = kl_to_standard_normal(mean.unsqueeze(-1), logvar.unsqueeze(-1))
     return per_sample.flatten(0, -2).mean(dim=0)
 
 
 def active_dimensions(mean: Tensor, logvar: Tensor, *, threshold: float = ACTIVE_NATS) -> int:
-    """How many dimensions carry a rate above ``threshold``.
+    """How many dimensions carry a rate above ``threshold``; waits for the device.
+
+    In a training step take :func:`measure`, or compare :func:`rate_per_dimension` yourself.
 
     Args:
         mean: Means, of shape (..., B, D).
@@ -53,8 +66,213 @@ def active_dimensions(mean: Tensor, logvar: Tensor, *, threshold: float = ACTIVE
     rate of a dimension in place of the variance of its mean.
 
     Examples:
-        >>> import torch
         >>> active_dimensions(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2))
         1
     """
     return int((rate_per_dimension(mean, logvar) > threshold).sum())
+
+
+def signal_to_noise(mean: Tensor, logvar: Tensor) -> Tensor:
+    """For each dimension, the variance of the mean over the batch by the mean variance.
+
+    What a sample says about its view drowns in the noise where this is well below 1. A Gaussian
+    channel with this ratio carries 1/2 ln(1 + ratio) nats (Shannon, 1948).
+
+    Args:
+        mean: Means, of shape (..., B, D).
+        logvar: Log-variances, of the same shape.
+
+    Returns:
+        Ratios, of shape (D,): variances over B (divided by B) and exp(logvar), each averaged over
+        everything else, then divided. 0 for a constant mean, also where B is 1.
+
+    Raises:
+        TypeError: If an argument is not a floating-point tensor.
+        ValueError: If the shapes differ or have fewer than two dimensions.
+
+    Examples:
+        >>> signal_to_noise(torch.tensor([[-3.0, 1.0], [3.0, 1.0]]), torch.zeros(2, 2))
+        tensor([9., 0.])
+    """
+    mean, logvar = checked(mean, logvar)
+    signal = mean.var(dim=-2, correction=0)
+    noise = torch.exp(logvar).mean(dim=-2)
+    return _rows(signal).mean(dim=0) / _rows(noise).mean(dim=0)
+
+
+def effective_rank(mean: Tensor) -> Tensor:
+    """How many directions the means spread over: exp of the entropy of the singular values.
+
+    Of the centred means, taken as one matrix of rows: the common offset of all embeddings says
+    nothing about an image, and its singular value would hide the others.
+
+    On CUDA the singular values make the host wait (torch.linalg.svdvals does): not for every
+    training step.
+
+    Args:
+        mean: Means or embeddings, of shape (..., B, D).
+
+    Returns:
+        A scalar from 1 to min(rows - 1, D); 0 where all rows are equal.
+
+    Raises:
+        TypeError: If ``mean`` is not a floating-point tensor.
+        ValueError: If it has fewer than two dimensions.
+        torch.linalg.LinAlgError: If it is not finite.
+
+    Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO
+    2007; that the rows are centred, and the 0, are choices of this package.
+
+    Examples:
+        >>> square = torch.tensor([[1.0, 0, 5], [-1, 0, 5], [0, 1, 5], [0, -1, 5]])
+        >>> effective_rank(square)
+        tensor(2.)
+        >>> effective_rank(torch.full((4, 3), 0.1))
+        tensor(0.)
+    """
+    (mean,) = checked(mean)
+    rows = _rows(mean)
+    # Less the first: equal rows are then exactly 0, whatever rounds in their mean.
+    rows = rows - rows[:1]
+    values = torch.linalg.svdvals(rows - rows.mean(dim=0))
+    total = values.sum()
+    # entr(0) is 0; the smallest number keeps 0 / 0 away.
+    shares = values / total.clamp_min(torch.finfo(values.dtype).tiny)
+    rank: Tensor = torch.exp(torch.special.entr(shares).sum()) * (total > 0)
+    return rank
+
+
+def normalized_std(embedding: Tensor) -> Tensor:
+    """The spread of the directions of the embeddings: about 1 is healthy, 0 is collapsed.
+
+    The standard deviation over the batch of each dimension of the L2-normalised embedding,
+    averaged over dimensions, times sqrt(D).
+
+    Args:
+        embedding: Embeddings or means, of shape (..., B, D).
+
+    Returns:
+        A scalar from 0 to 1, averaged over leading dimensions; 0 where B is 1.
+
+    Raises:
+        TypeError: If ``embedding`` is not a floating-point tensor.
+        ValueError: If it has fewer than two dimensions.
+
+    Source: Chen and He, Exploring Simple Siamese Representation Learning, 2021, figure 2. The
+    variance is divided by B here, not B - 1, so that 1 is the most it can be.
+
+    Examples:
+        >>> normalized_std(torch.tensor([[3.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -1.0]]))
+        tensor(1.0000)
+        >>> normalized_std(torch.ones(4, 2))
+        tensor(0.)
+    """
+    (embedding,) = checked(embedding)
+    directions = F.normalize(embedding, dim=-1)
+    return directions.std(dim=-2, correction=0).mean() * math.sqrt(embedding.shape[-1])
+
+
+def teacher_entropy(
+    logits: Tensor, *, temperature: float = 1.0, center: Tensor | None = None
+) -> Tensor:
+    """Entropy of each row's softmax((logits - center) / temperature), over ln K.
+
+    A teacher as DINO's collapses in two ways. Uniform: every row is at 1. One class for all:
+    every row is at 0, and so is the mean over the rows. Rows near 0 alone are only confident: it
+    is the entropy of their mean that tells, which is this function of its logits,
+    ``log_softmax((logits - center) / temperature, dim=-1).logsumexp(dim=-2)``.
+
+    Args:
+        logits: The teacher's outputs, of shape (..., K).
+        temperature: The teacher's.
+        center: What is subtracted first; its shape broadcasts against that of ``logits``.
+
+    Returns:
+        Numbers from 0 (one class) to 1 (uniform), of shape (...).
+
+    Raises:
+        TypeError: If ``logits`` is not a floating-point tensor.
+        ValueError: If there are fewer than two classes, the temperature is not a positive number
+            or the shape of ``center`` does not fit.
+
+    Examples:
+        >>> teacher_entropy(torch.tensor([[1.0, 1.0, 1.0], [90.0, 0.0, 0.0]]), temperature=0.04)
+        tensor([1., 0.])
+        >>> confident = torch.log_softmax(200 * torch.eye(3), dim=-1)
+        >>> teacher_entropy(confident), teacher_entropy(confident.logsumexp(dim=-2))
+        (tensor([0., 0., 0.]), tensor(1.))
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        received = getattr(logits, "dtype", type(logits).__name__)
+        raise TypeError(f"logits must be a floating-point tensor, got {received}.")
+    if logits.ndim < 1 or logits.shape[-1] < 2:
+        raise ValueError(
+            f"logits must have shape (..., K) with at least two classes, got {tuple(logits.shape)}."
+        )
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    if center is not None:
+        try:
+            fits = torch.broadcast_shapes(center.shape, logits.shape) == logits.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"center must broadcast to the logits, {tuple(logits.shape)}, got shape "
+                f"{tuple(center.shape)}."
+            )
+        wide = wide - center
+    probabilities = torch.softmax(wide / temperature, dim=-1)
+    entropy: Tensor = torch.special.entr(probabilities).sum(dim=-1)
+    return entropy / math.log(logits.shape[-1])
+
+
+class Measurements(NamedTuple):
+    """What :func:`measure` returns; detached.
+
+    Attributes:
+        rate: Nats per dimension to N(0, I), of shape (D,): :func:`rate_per_dimension`.
+        active_dimensions: How many of them are above ``ACTIVE_NATS``; a scalar tensor.
+        signal_to_noise: Of shape (D,): :func:`signal_to_noise`.
+        effective_rank: Of the means; a scalar: :func:`effective_rank`.
+        normalized_std: Of the means; a scalar: :func:`normalized_std`.
+    """
+
+    rate: Tensor
+    active_dimensions: Tensor
+    signal_to_noise: Tensor
+    effective_rank: Tensor
+    normalized_std: Tensor
+
+
+@torch.no_grad()
+def measure(mean: Tensor, logvar: Tensor) -> Measurements:
+    """All monitors of a posterior at once, for a log; like :func:`effective_rank`, not every step.
+
+    Args:
+        mean: Means, of shape (..., B, D).
+        logvar: Log-variances, of the same shape.
+
+    Raises:
+        TypeError: If an argument is not a floating-point tensor.
+        ValueError: If the shapes differ or have fewer than two dimensions.
+
+    Examples:
+        >>> seen = measure(torch.eye(4, 3), torch.zeros(4, 3))
+        >>> seen.active_dimensions
+        tensor(3)
+    """
+    rate = rate_per_dimension(mean, logvar)
+    return Measurements(
+        rate,
+        (rate > ACTIVE_NATS).sum(),
+        signal_to_noise(mean, logvar),
+        effective_rank(mean),
+        normalized_std(mean),
+    )
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(..., B, D) as (rows, D)."""
+    return values.flatten(0, -2) if values.ndim > 1 else values.unsqueeze(0)

@@ -1,0 +1,214 @@
+"""Warns, once each, of a posterior and of a base method that have collapsed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from climb_plugin.deferred import DeferredFlags
+from climb_plugin.head import Posterior
+from climb_plugin.monitor import nats_to_bits, normalized_std, signal_to_noise
+
+EVERY = 50
+"""The posteriors of every this many calls are looked at."""
+POSTERIOR_CHECKS = 4
+"""So many checks in a row must find the posterior collapsed: 200 calls."""
+BASE_CHECKS = 20
+"""So many checks in a row must find the base collapsed: 1000 calls. It may start near ln K."""
+SIGNAL_NATS = 0.1
+"""Samples that carry less than this in all dimensions together do not tell images apart."""
+PRIOR_NATS = 0.1
+"""A posterior whose rate per dimension is below this is near the prior."""
+OFF_PRIOR_NATS = 0.5
+"""Above this it is not CLIMB that holds an embedding in one place."""
+POINT_STD = 0.05
+"""Below this spread (mean cosine above 0.997) the embedding is one point."""
+PINNED_NATS = 0.05
+"""A base loss that is this close to ln K is pinned there."""
+
+
+class CollapseWatch:
+    """Looks at a training now and then, without making the host wait for the device.
+
+    The posterior has collapsed where its samples cannot carry ``SIGNAL_NATS`` about their views
+    and it is near the prior, while beta is above 0. (The rate in itself would tell too late: it
+    falls like 1 over the steps long after the samples have stopped saying anything.)
+
+    The base has collapsed where the embedding is one point (``POINT_STD``) although the posterior
+    is far from the prior, or where the base loss is pinned at ln K.
+
+    The prior of a view is no fixed place to be near to. With it, the spread of the embedding
+    alone tells the two apart.
+    """
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._held: Tensor | None = None
+        self._flags = DeferredFlags()
+        self._warned = {"posterior": False, "base": False}
+
+    def observe(
+        self,
+        *,
+        base: Callable[..., Tensor],
+        value: Tensor,
+        beta: float | Tensor,
+        rates: Sequence[Tensor] | None,
+        calls: Sequence[Sequence[Posterior]],
+    ) -> None:
+        """Takes part in one training step; warns where a collapse is known by now.
+
+        Args:
+            base: The base loss; K is the width of its ``center``, if it has one.
+            value: What it returned, a scalar.
+            beta: The weight in force.
+            rates: For each head the rates of its samples, to a prior that does not depend on
+                the view; None for one that does.
+            calls: For each head its posteriors, each of shape (..., B, D).
+        """
+        self._calls += 1
+        if self._calls % EVERY or all(self._warned.values()):
+            return
+        # The variance over a batch of one says nothing.
+        calls = [[view for view in views if view.mean.shape[-2] > 1] for views in calls]
+        if not all(calls):
+            return
+        with torch.no_grad():
+            seen = _look(base, value, beta, rates, calls)
+            known = self._flags.raised(self._lasting(seen))
+        if 0 in known:
+            self._warn("posterior", lambda: _posterior_message(seen, beta))
+        if 1 in known or 2 in known:
+            point, pinned = 1 in known, 2 in known
+            self._warn("base", lambda: _base_message(seen, point=point, pinned=pinned))
+
+    def _lasting(self, seen: _Seen) -> Tensor:
+        """Which of the three signs have held for long enough, as a vector."""
+        now = torch.stack([seen.posterior, seen.point, seen.pinned])
+        if self._held is None or self._held.device != now.device:
+            self._held = torch.zeros_like(now, dtype=torch.int64)
+        self._held = (self._held + 1) * now
+        checks = (POSTERIOR_CHECKS, BASE_CHECKS, BASE_CHECKS)
+        # One by one: a tensor of the three would be copied to the device, which waits for it.
+        return torch.stack([held >= n for held, n in zip(self._held.unbind(), checks, strict=True)])
+
+    def _warn(self, which: str, message: Callable[[], str]) -> None:
+        if not self._warned[which]:
+            self._warned[which] = True
+            # Past this class, the loss and torch's __call__, at the training step.
+            warnings.warn(f"CLIMB: {message()}", stacklevel=6)
+
+    def __reduce__(self) -> tuple[type[CollapseWatch], tuple[()]]:
+        # A copy watches a run of its own.
+        return CollapseWatch, ()
+
+
+class _Seen(NamedTuple):
+    """What one look found: numbers of the head that is worst off, and three bools, on the device.
+
+    Attributes:
+        signal: Most nats that the samples of a head carry.
+        spread: Of the directions of its means.
+        rate: Nats, summed over heads; None if the prior is no fixed one.
+        value: Of the base loss.
+        classes: K, if the base has one.
+        posterior: Whether the posterior is collapsed now.
+        point: Whether the embedding is one point now, and not for the posterior's sake.
+        pinned: Whether the base loss is at ln K now.
+    """
+
+    signal: Tensor
+    spread: Tensor
+    rate: Tensor | None
+    value: Tensor
+    classes: int | None
+    posterior: Tensor
+    point: Tensor
+    pinned: Tensor
+
+
+def _look(
+    base: Callable[..., Tensor],
+    value: Tensor,
+    beta: float | Tensor,
+    rates: Sequence[Tensor] | None,
+    calls: Sequence[Sequence[Posterior]],
+) -> _Seen:
+    signal = _most(calls, lambda view: torch.log1p(signal_to_noise(*view)).sum() / 2)
+    spread = _most(calls, lambda view: normalized_std(view.mean))
+    collapsed, point = signal < SIGNAL_NATS, spread < POINT_STD
+    rate = None
+    if rates is None:
+        collapsed = collapsed & ~point
+    else:
+        rate = torch.stack([values.mean() for values in rates])
+        widths = [views[0].mean.shape[-1] for views in calls]
+        shares = torch.stack([r / d for r, d in zip(rate.unbind(), widths, strict=True)])
+        collapsed = collapsed & (shares < PRIOR_NATS)
+        point = point & (shares > OFF_PRIOR_NATS)
+        rate = rate.sum()
+    posterior = collapsed.any() & (beta > 0)
+    classes = _classes(base)
+    pinned = torch.zeros_like(posterior)
+    if classes is not None:
+        pinned = ((value - math.log(classes)).abs() < PINNED_NATS) & ~posterior
+    return _Seen(signal.min(), spread.min(), rate, value, classes, posterior, point.any(), pinned)
+
+
+def _most(calls: Sequence[Sequence[Posterior]], measure: Callable[[Posterior], Tensor]) -> Tensor:
+    """The largest value over the views, for each head."""
+    return torch.stack([torch.stack([measure(view) for view in views]).max() for views in calls])
+
+
+def _classes(base: Callable[..., Tensor]) -> int | None:
+    """K of a base with a centre, as DINO's: a tensor (..., K), or a module that holds one."""
+    center = getattr(base, "center", None)
+    if not isinstance(center, Tensor):
+        center = getattr(center, "center", None)
+    if not isinstance(center, Tensor) or center.ndim == 0 or center.shape[-1] < 2:
+        return None
+    return int(center.shape[-1])
+
+
+# Only in the messages does the host wait for the numbers: once for each.
+
+
+def _posterior_message(seen: _Seen, beta: float | Tensor) -> str:
+    rate = "" if seen.rate is None else f" The rate is {_nats(seen.rate)}."
+    return (
+        f"the posterior has collapsed: for {EVERY * POSTERIOR_CHECKS} calls of the loss its "
+        f"samples have said next to nothing about their views, now {_nats(seen.signal)} at most."
+        f"{rate} beta={float(beta):g} is too high: lower it, warm up longer, or hold the rate with "
+        "beta=TargetRate(nats). If the run collapses with beta=0 as well, look at the base method."
+    )
+
+
+def _base_message(seen: _Seen, *, point: bool, pinned: bool) -> str:
+    signs = []
+    if point:
+        signs.append(
+            "the std of the normalised embedding times sqrt(D) is "
+            f"{float(seen.spread):.2g} (1: healthy, 0: one point for all images)"
+        )
+    if pinned and seen.classes is not None:
+        signs.append(
+            f"the base loss is {float(seen.value):.4g}, pinned at ln K = "
+            f"{math.log(seen.classes):.4g} for K = {seen.classes} (a uniform student)"
+        )
+    rate = "" if seen.rate is None else f" The posterior has not: the rate is {_nats(seen.rate)}."
+    return (
+        f"the base has collapsed: for {EVERY * BASE_CHECKS} calls of the loss "
+        f"{' and '.join(signs)}.{rate} Look at the base method: learning rate, stop-gradient and "
+        "predictor, momentum, temperature and centre of the teacher, batch norm in the projection "
+        "head. If the run does not collapse with beta=0, it is CLIMB after all: lower beta."
+    )
+
+
+def _nats(nats: Tensor) -> str:
+    value = float(nats)
+    return f"{value:.3g} nats ({nats_to_bits(value):.3g} bits)"

@@ -1,0 +1,50 @@
+"""Gets flags from the device without making the host wait for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class DeferredFlags:
+    """Tells which entries of a vector of flags are known to have been raised.
+
+    On the CPU it knows at once, of this call. On CUDA the flags travel in the background and are
+    known a call or so later, of any call so far: a synchronisation per step would cost more than
+    the whole regulariser.
+    """
+
+    def __init__(self) -> None:
+        self._flags: Tensor | None = None
+        self._copy: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def raised(self, flags: Tensor) -> list[int]:
+        """The entries that are known by now to have been raised.
+
+        Args:
+            flags: A vector of bools, of the same length at every call.
+        """
+        if not flags.is_cuda:
+            return _indices(flags)
+        if self._flags is not None and self._flags.device == flags.device:
+            flags = flags | self._flags
+        self._flags = flags
+        known: list[int] = []
+        if self._copied is not None and self._copy is not None and self._copied.query():
+            known = _indices(self._copy)
+            self._copied = None
+        if self._copied is None:
+            self._copy = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+            self._copy.copy_(flags, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return known
+
+    def __reduce__(self) -> tuple[type[DeferredFlags], tuple[()]]:
+        # A copy watches a run of its own.
+        return DeferredFlags, ()
+
+
+def _indices(flags: Tensor) -> list[int]:
+    return [index for index, flag in enumerate(flags.tolist()) if flag]
