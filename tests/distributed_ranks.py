@@ -263,7 +263,7 @@ def fsdp_training(rank: int, world: int, how: str, folder: str) -> dict[str, Any
     )
 
     def make(seed: int) -> tuple[Step, torch.optim.Optimizer]:
-        step = shard(build(seed=seed), how)
+        step = shard(build(beta=Linear(BETA, warmup=9), seed=seed), how)
         return step, torch.optim.SGD(step.parameters(), lr=LR, momentum=0.9)
 
     def train(step: Step, optimizer: torch.optim.Optimizer, *batches: int) -> list[float]:
@@ -276,33 +276,41 @@ def fsdp_training(rank: int, world: int, how: str, folder: str) -> dict[str, Any
             losses.append(float(loss.detach()))
         return losses
 
+    def parts(step: Step, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        model, optim = get_state_dict(step, optimizer)
+        # The metadata of a state dict, where the schedule's step would be, is not saved.
+        return {"model": model, "optim": optim, "climb": step.loss.climb_state()}
+
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     step, optimizer = make(seed=0)
     first = train(step, optimizer, 0, 1, 2)
-    model_state, optimizer_state = get_state_dict(step, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=f"{folder}/{how}")
+    saved = [parameter.full_tensor().detach().clone() for parameter in step.parameters()]
+    dcp.save(parts(step, optimizer), checkpoint_id=f"{folder}/{how}")
     full = get_model_state_dict(step, options=whole)
     if rank == 0:
         torch.save(full, f"{folder}/{how}.pt")
-    saved = [parameter.full_tensor().detach().clone() for parameter in step.parameters()]
     result: dict[str, Any] = {"saved": saved, "losses": first + train(step, optimizer, 3, 4)}
 
-    step, optimizer = make(seed=1)
-    model_state, optimizer_state = get_state_dict(step, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=f"{folder}/{how}")
-    set_state_dict(
-        step,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
-    result["resumed"] = train(step, optimizer, 3, 4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        step, optimizer = make(seed=1)
+        state = parts(step, optimizer)
+        dcp.load(state, checkpoint_id=f"{folder}/{how}")
+        set_state_dict(
+            step,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optim"],
+        )
+        step.loss.load_climb_state(state["climb"])
+        result["resumed"] = train(step, optimizer, 3, 4)
 
-    dist.barrier()
-    step, optimizer = make(seed=1)
-    set_model_state_dict(step, torch.load(f"{folder}/{how}.pt"), options=whole)
-    result["from full"] = train(step, optimizer, 3)
+        dist.barrier()
+        step, optimizer = make(seed=1)
+        set_model_state_dict(step, torch.load(f"{folder}/{how}.pt"), options=whole)
+        step.loss.set_step(3)
+        result["from full"] = train(step, optimizer, 3)
+    result["said"] = [str(warning.message) for warning in said]
     return result
 
 
