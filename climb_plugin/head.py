@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from weakref import ReferenceType, ref
 
 import torch
@@ -63,6 +63,16 @@ def records_of(value: Tensor) -> list[Record]:
         if record is not None:
             records.append(record)
     return records
+
+
+class _Linear(nn.Linear):
+    """Computes in the dtype of its input, whatever its weights have.
+
+    A layer that is called, not a function of its weights: FSDP gathers them in the hooks.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
 
 
 class GaussianHead(nn.Module):
@@ -125,9 +135,9 @@ class GaussianHead(nn.Module):
         self.in_features = in_features
         self.out_features = in_features if out_features is None else out_features
         self.init_std = init_std
-        self.mean = None if out_features is None else nn.Linear(in_features, out_features)
+        self.mean = None if out_features is None else _Linear(in_features, out_features)
         # Not initialised at random: the host's random numbers stay where they were.
-        self.logvar = nn.utils.skip_init(nn.Linear, in_features, self.out_features)
+        self.logvar = nn.utils.skip_init(_Linear, in_features, self.out_features)
         nn.init.zeros_(self.logvar.weight)
         nn.init.constant_(self.logvar.bias, unbound_logvar(2 * math.log(init_std)))
         self.noise = NoiseStream(seed=torch.initial_seed() if seed is None else seed)
@@ -152,7 +162,7 @@ class GaussianHead(nn.Module):
         if self.mean is None:
             return embedding
         with _no_autocast(embedding):
-            return _linear(self.mean, _wide(embedding)).to(embedding.dtype)
+            return cast("Tensor", self.mean(_wide(embedding))).to(embedding.dtype)
 
     def posterior(self, embedding: Tensor) -> Posterior:
         """Mean and log-variance, in float32 or float64; draws nothing.
@@ -167,8 +177,10 @@ class GaussianHead(nn.Module):
         self._check(embedding)
         with _no_autocast(embedding):
             wide = _wide(embedding)
-            mean = wide if self.mean is None else _linear(self.mean, wide)
-            return Posterior(mean, bound_logvar(_linear(self.logvar, wide)))
+            mean = wide if self.mean is None else self.mean(wide)
+            logvar = self.logvar(wide)
+            # FSDP's mixed precision, where it is applied to a layer, casts what goes through it.
+            return Posterior(mean.to(wide.dtype), bound_logvar(logvar.to(wide.dtype)))
 
     def teacher(self) -> TeacherHead:
         """A head of the same layout and values for an EMA teacher: frozen, passes on the mean."""
@@ -315,10 +327,6 @@ class TeacherHead(GaussianHead):
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _linear(layer: nn.Linear, wide: Tensor) -> Tensor:
-    return F.linear(wide, layer.weight.to(wide.dtype), layer.bias.to(wide.dtype))
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

@@ -16,6 +16,7 @@ from climb_plugin.finite import FiniteCheck
 from climb_plugin.gaussian import conditional_entropy
 from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead, records_of
 from climb_plugin.prior import make_priors, per_sample
+from climb_plugin.ranks import averaged, joining, several
 from climb_plugin.schedule import (
     Constant,
     Schedule,
@@ -143,6 +144,7 @@ class ClimbLoss(nn.Module):
         self._step = 0
         self._terms: ClimbTerms | None = None
         self._finite = FiniteCheck()
+        self._ranks_checked = False
         self._collapse = CollapseWatch()
         self.base = base
         self._register_state_dict_hook(_save_as_base)  # type: ignore[no-untyped-call]
@@ -158,7 +160,7 @@ class ClimbLoss(nn.Module):
 
         Raises:
             RuntimeError: If a head is in training, but the base loss depends on none of its
-                samples.
+                samples; if a target rate meets the ``join()`` of DistributedDataParallel.
             TypeError: If the base loss returns no tensor.
             ValueError: If the base loss returns more than a scalar; if ``prior="view"`` finds
                 views that do not pair up; if a term is NaN or infinite: the message
@@ -173,6 +175,8 @@ class ClimbLoss(nn.Module):
             nan = base.new_full((), math.nan)
             self._terms = _detached(base, base, nan, nan, beta)
             return value
+        if not self._ranks_checked and several():
+            self._check_ranks()
         # One sum over heads: each head is a code of its own, and what they carry adds up.
         rates = [prior(views) for prior, views in zip(self.climb_priors, calls, strict=True)]
         rate = torch.stack([values.mean() for values in rates]).sum()
@@ -194,7 +198,8 @@ class ClimbLoss(nn.Module):
                 self.schedule.observe(self._step, rate)
         total = base + beta * penalty
         self._terms = _detached(total, base, rate, entropy, beta)
-        return total.reshape(value.shape)
+        # A view as the output of a module that FSDP shards would make it warn.
+        return total if value.ndim == 0 else total.reshape(value.shape)
 
     @property
     def heads(self) -> tuple[GaussianHead, ...]:
@@ -281,6 +286,22 @@ class ClimbLoss(nn.Module):
             upstream = [r for record in frontier for r in records_of(record.posterior.logvar)]
             frontier = [r for r in upstream if (id(r.head), r.call) not in found]
         return sorted(found.values(), key=lambda record: record.call)
+
+    def _check_ranks(self) -> None:
+        self._ranks_checked = True
+        if any(True for _ in self.climb_priors.parameters()) and not averaged(self.climb_priors):
+            warnings.warn(
+                f"prior={self.prior!r} is learned, and no DistributedDataParallel or FSDP module "
+                "holds this loss: each rank trains a prior of its own. Put model and loss into "
+                "one module that returns the loss, and wrap and call that.",
+                stacklevel=3,
+            )
+        if isinstance(self.schedule, TargetRate) and joining():
+            raise RuntimeError(
+                "a target rate is averaged over all ranks in every step, and within "
+                "DistributedDataParallel.join() a rank may run out of steps: use a beta or a "
+                "schedule, or drop_last=True and as many batches on every rank instead of join()."
+            )
 
     def _check_finite(
         self, base: Tensor, rate: Tensor, entropy: Tensor, calls: list[list[Posterior]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -455,13 +456,19 @@ def distributed(rank: int, port: str, folder: str, package: str) -> None:
             super().on_train_batch_end(*args, **kwargs)
             dist.all_reduce = reduce
 
-    model = make(pl, Linear(0.1, warmup=0.9))
+    def learned(model: Any, beta: float | Schedule) -> None:
+        model.criterion = ClimbLoss(base, heads=model.head, beta=beta, prior="learned")
+
+    warnings.filterwarnings("error", ".*each rank trains a prior of its own")
+    model = make(pl, Linear(0.1, warmup=0.9), build=learned)
+    start = [p.detach().clone() for p in model.parameters()]
     fit = trainer(pl, Path(folder), strategy=strategy, devices=2, callbacks=[Count()])
     fit.fit(model, data())
     result = {
         "logged": {name: fit.callback_metrics[name] for name in TERMS},
         "terms": means(model.seen),
         "betas": betas(model),
+        "start": start,
         "parameters": [p.detach() for p in model.parameters()],
         "in_step": len(in_step),
     }
@@ -492,8 +499,11 @@ def test_two_processes(tmp_path: Path, package: str) -> None:
         mean = (first["terms"][name] + second["terms"][name]) / 2
         torch.testing.assert_close(first["logged"][name], mean)
         torch.testing.assert_close(second["logged"][name], mean)
-    for one, two in zip(first["parameters"], second["parameters"], strict=True):
+    for start, one, two in zip(
+        first["start"], first["parameters"], second["parameters"], strict=True
+    ):
         assert torch.equal(one, two)
+        assert not torch.equal(one, start)
     assert first["in_step"] == second["in_step"] == 0
 
 

@@ -1,0 +1,42 @@
+"""What a loss cannot know by itself where several ranks train: who wraps it."""
+
+from __future__ import annotations
+
+import gc
+
+import torch.distributed as dist
+from torch import nn
+
+# By name: importing torch's FSDP takes time that a run without it need not spend.
+_AVERAGING = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
+
+
+def several() -> bool:
+    """Whether this process is one of several ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def averaging() -> list[nn.Module]:
+    """The modules of this process that average gradients over the ranks.
+
+    Nothing lists them, so this looks through all objects: tenths of a second, not for every step.
+    """
+    objects = gc.get_objects()
+    kinds = {
+        kind
+        for kind in {type(item) for item in objects}
+        if not _AVERAGING.isdisjoint(base.__name__ for base in kind.__mro__)
+    }
+    return [item for item in objects if type(item) in kinds]
+
+
+def averaged(module: nn.Module) -> bool:
+    """Whether something averages the gradients of ``module`` over the ranks."""
+    return any(module is part for wrapper in averaging() for part in wrapper.modules())
+
+
+def joining() -> bool:
+    """Whether a ``DistributedDataParallel`` of this process trains in its ``join()`` context."""
+    # Of torch.distributed.algorithms.Joinable; there is no public name for it.
+    configs = [getattr(wrapper, "_join_config", None) for wrapper in averaging()]
+    return any(getattr(config, "enable", False) for config in configs)
