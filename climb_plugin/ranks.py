@@ -31,8 +31,9 @@ def averaging() -> list[nn.Module]:
 
 
 def averaged(module: nn.Module) -> bool:
-    """Whether something averages the gradients of ``module`` over the ranks."""
-    return any(module is part for wrapper in averaging() for part in wrapper.modules())
+    """Whether something averages the gradients of all parameters of ``module`` over the ranks."""
+    held = {id(parameter) for wrapper in averaging() for parameter in wrapper.parameters()}
+    return held.issuperset(map(id, module.parameters()))
 
 
 def joining() -> bool:
