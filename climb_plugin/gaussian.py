@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from climb_plugin import fused
+
 LOGVAR_MIN = -20.0
 """Lower bound of the log-variances that :func:`bound_logvar` returns (std 4.5e-5)."""
 LOGVAR_MAX = 10.0
@@ -45,10 +47,7 @@ def reparameterize(
         tensor(True)
     """
     wide_mean, wide_logvar = _checked(mean, logvar)
-    noise = torch.randn(
-        wide_mean.shape, generator=generator, dtype=wide_mean.dtype, device=wide_mean.device
-    )
-    return torch.addcmul(wide_mean, noise, torch.exp(wide_logvar / 2)).to(mean.dtype)
+    return fused.sample(wide_mean, wide_logvar, generator).to(mean.dtype)
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
         tensor([2.])
     """
     mean, logvar = _checked(mean, logvar)
-    return _half_sum(mean.square() + (torch.expm1(logvar) - logvar))
+    return fused.standard_rate(mean, logvar)
 
 
 def kl_between(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor) -> Tensor:
@@ -197,7 +196,7 @@ def bound_logvar(raw: Tensor) -> Tensor:
         >>> bound_logvar(torch.tensor([-1e6, -5.0, 1e6]))
         tensor([-19.9999,  -5.0000,   9.9999])
     """
-    return _CENTRE + _REACH * torch.atan((raw - _CENTRE) / _REACH)
+    return fused.squash(raw, _CENTRE, _REACH)
 
 
 def unbound_logvar(logvar: float) -> float:
