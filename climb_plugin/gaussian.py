@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from climb_plugin import fused
+
 LOGVAR_MIN = -20.0
 """Lower bound of the log-variances that :func:`bound_logvar` returns (std 4.5e-5)."""
 LOGVAR_MAX = 10.0
@@ -48,22 +50,7 @@ def reparameterize(
     noise = torch.randn(
         wide_mean.shape, generator=generator, dtype=wide_mean.dtype, device=wide_mean.device
     )
-    return add_noise(wide_mean, wide_logvar, noise).to(mean.dtype)
-
-
-def add_noise(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """The sample that standard normal ``noise`` is turned into: mean + std * noise.
-
-    Args:
-        mean: Means, of shape (..., B, D).
-        logvar: Log-variances, of the same shape and dtype.
-        noise: Of the same shape and dtype.
-
-    Examples:
-        >>> add_noise(torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([[0.5, -1.0]]))
-        tensor([[1.5000, 0.0000]])
-    """
-    return torch.addcmul(mean, noise, torch.exp(logvar / 2))
+    return fused.sample(wide_mean, wide_logvar, noise).to(mean.dtype)
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -87,7 +74,7 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
         tensor([2.])
     """
     mean, logvar = checked(mean, logvar)
-    return _half_sum(mean.square() + (torch.expm1(logvar) - logvar))
+    return fused.standard_rate(mean, logvar)
 
 
 def kl_between(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor) -> Tensor:
@@ -212,7 +199,7 @@ def bound_logvar(raw: Tensor) -> Tensor:
         >>> bound_logvar(torch.tensor([-1e6, -5.0, 1e6]))
         tensor([-19.9999,  -5.0000,   9.9999])
     """
-    return _CENTRE + _REACH * torch.atan((raw - _CENTRE) / _REACH)
+    return fused.squash(raw, _CENTRE, _REACH)
 
 
 def unbound_logvar(logvar: float) -> float:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from climb_plugin import fused
 from climb_plugin.compiled import Noise, Shelf
 from climb_plugin.gaussian import (
     LOGVAR_MAX,
     LOGVAR_MIN,
-    add_noise,
     bound_logvar,
     unbound_logvar,
 )
@@ -247,11 +247,11 @@ class GaussianHead(nn.Module):
             )
         if torch.compiler.is_compiling():
             noise = self._compiled_noise.draw(embedding, self.out_features)
-            sample = add_noise(*posterior, noise)
+            sample = fused.sample(*posterior, noise)
             if sample.requires_grad:
                 self._shelf.put(posterior)
         else:
-            sample = add_noise(*posterior, self.draw(embedding))
+            sample = fused.sample(*posterior, self.draw(embedding))
             if sample.grad_fn is not None:
                 tie(self._record(posterior), to=sample)
         return sample.to(embedding.dtype)

@@ -180,9 +180,9 @@ class ClimbLoss(nn.Module):
         # One sum over heads: each head is a code of its own, and what they carry adds up.
         rates = [prior(views) for prior, views in zip(self.climb_priors, calls, strict=True)]
         rate = torch.stack([values.mean() for values in rates]).sum()
-        entropy = torch.stack(
-            [per_sample([conditional_entropy(*view) for view in views]).mean() for views in calls]
-        ).sum()
+        with torch.set_grad_enabled(self.alpha > 0):
+            entropies = [per_sample([conditional_entropy(*v) for v in views]) for views in calls]
+            entropy = torch.stack([values.mean() for values in entropies]).sum()
         penalty = rate
         if self.free_nats:
             penalty = torch.stack([F.relu(v - self.free_nats).mean() for v in rates]).sum()

@@ -1,0 +1,90 @@
+"""A training step never waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from climb_plugin import ClimbLoss, GaussianHead
+from climb_plugin.finite import FiniteCheck
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available"),
+    ),
+]
+# What makes the host wait on a device: values that are read back, shapes that depend on values.
+WAITING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
+
+
+class NoReading(TorchDispatchMode):
+    """What torch.cuda.set_sync_debug_mode("error") does, for any device."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket.__name__ in WAITING:
+            raise RuntimeError(f"{func} waits for the device.")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_synchronisation(device: str) -> Iterator[None]:
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with NoReading():
+            yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def training_step(device: str, **options: Any) -> Callable[[], None]:
+    torch.manual_seed(0)
+    head = GaussianHead(8).to(device)
+    loss = ClimbLoss(lambda *views: sum(v.square().mean() for v in views), heads=head, **options)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    views = [torch.randn(4, 8, device=device) for _ in range(2)]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(*[head(view) for view in views]).backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"alpha": 1.0}, {"prior": "view"}, {"free_nats": 1.0}],
+    ids=["default", "alpha", "view", "free_nats"],
+)
+def test_no_synchronisation_in_a_step(
+    device: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":  # where the check for NaN reads at once, because nothing waits
+        monkeypatch.setattr(FiniteCheck, "non_finite", lambda self, values: [])
+    step = training_step(device, beta=1e-3, **options)
+    step()
+    with no_synchronisation(device):
+        for _ in range(3):
+            step()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("read", [Tensor.item, Tensor.nonzero, bool])
+def test_the_check_can_fail(device: str, read: Callable[[Tensor], object]) -> None:
+    value = torch.ones((), device=device)
+    with pytest.raises(RuntimeError, match=r"waits for the device|synchroniz"):  # noqa: SIM117
+        with no_synchronisation(device):
+            read(value)
