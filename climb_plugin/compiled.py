@@ -10,12 +10,17 @@ node once the region has run, and is taken away before the next one, or by the l
 
 from __future__ import annotations
 
+import functools
 import itertools
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, ParamSpec, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _names = itertools.count()
 _numbers = itertools.count()
@@ -62,7 +67,29 @@ class Noise:
         return noise
 
 
-@torch.library.custom_op("climb_plugin::noise", mutates_args=("token",))
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes torch.compile step around ``function``, whole and without looking into it.
+
+    ``torch.compiler.disable`` as a decorator would import the compiler with this package, which
+    takes a second.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            disabled: Callable[P, R] = torch.compiler.disable(function)
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+# The schema in words: torch before 2.5 does not read annotations that are strings.
+@torch.library.custom_op(
+    "climb_plugin::noise",
+    mutates_args=("token",),
+    schema="(Tensor embedding, Tensor(a!) token, int number, int width) -> Tensor",
+)
 def _noise(embedding: Tensor, token: Tensor, number: int, width: int) -> Tensor:
     return _sources[number].draw(embedding)
 

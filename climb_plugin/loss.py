@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from climb_plugin.collapse import CollapseWatch
+from climb_plugin.compiled import eager
 from climb_plugin.finite import FiniteCheck
 from climb_plugin.gaussian import conditional_entropy
 from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead, records_of
@@ -167,7 +168,10 @@ class ClimbLoss(nn.Module):
                 names it. On CUDA that comes a step or so late, because the check does not wait
                 for the device.
         """
-        value = _checked_scalar(self.base(*args, **kwargs))
+        return self._plus_bottleneck(_checked_scalar(self.base(*args, **kwargs)))
+
+    @eager
+    def _plus_bottleneck(self, value: Tensor) -> Tensor:
         base = value.reshape(())
         beta = self._beta()
         calls = self._posteriors(base)
