@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo notebooks clean
+.PHONY: test bench demo notebooks clean
 
 # Installed, not in place: the tests and mypy see what a user of the wheel sees. mypy runs in
 # tests, because in the root it would find the core there, without adapters. Adapters whose host
@@ -12,6 +12,11 @@ test: .venv/test
 	$(BIN)/ruff format --check .
 	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p climb_plugin -p hydra_plugins.climb_plugin
 	CLIMB_TEST_HOSTS=$${CLIMB_TEST_HOSTS-lightly} $(BIN)/pytest --doctest-modules --doctest-ignore-import-errors tests --pyargs climb_plugin
+
+# Ratios, measured side by side; what needs a GPU says that it did not run where there is none.
+bench: .venv/bench
+	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+	$(BIN)/pytest --quiet --show-capture=no tests/benchmarks
 
 demo: .venv/demo
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
@@ -24,6 +29,11 @@ notebooks: .venv/notebooks
 .venv/test: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet '.[test,lightly,examples]'
+	touch $@
+
+.venv/bench: pyproject.toml setup.cfg
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet '.[bench]'
 	touch $@
 
 .venv/demo: pyproject.toml setup.cfg

@@ -41,7 +41,7 @@ def no_synchronisation(device: str) -> Iterator[None]:
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        with NoReading():
+        with NoReading():  # type: ignore[no-untyped-call]
             yield
     finally:
         if device == "cuda":
