@@ -58,7 +58,8 @@ class Noise:
 
     def __init__(self, source: Source) -> None:
         self.number = next(_numbers)
-        self.token = torch.zeros((), dtype=torch.int64)
+        # Not where "with torch.device('meta')" says: the operator would run as its fake.
+        self.token = torch.zeros((), dtype=torch.int64, device="cpu")
         _sources[self.number] = source
 
     def draw(self, embedding: Tensor, width: int) -> Tensor:

@@ -47,8 +47,8 @@ class LearnedPrior(nn.Module):
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
         """The rates in nats of the samples of all views, in a vector."""
-        raw = self.raw_logvar
-        prior_logvar = bound_logvar(raw if raw.dtype == torch.float64 else raw.float())
+        wide = torch.promote_types(self.raw_logvar.dtype, torch.float32)
+        prior_logvar = bound_logvar(self.raw_logvar.to(wide))
         return per_sample(
             [
                 kl_between(mean, logvar, self.mean.expand_as(mean), prior_logvar.expand_as(logvar))

@@ -239,7 +239,7 @@ class TargetRate:
         self.bounds = (float(least), float(most))
         self.speed = float(speed)
         self.start = float(beta)
-        self._log_beta = torch.tensor(math.log(beta))
+        self._log_beta = _float32(math.log(beta))
         self._smoothed: Tensor | None = None
         # What the calls of one step have shown (a loss per view, gradient accumulation).
         self._step = 0
@@ -275,10 +275,10 @@ class TargetRate:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state` returned."""
         smoothed = state["smoothed"]
-        self._log_beta = torch.tensor(state["log_beta"])
-        self._smoothed = None if smoothed is None else torch.tensor(smoothed)
+        self._log_beta = _float32(state["log_beta"])
+        self._smoothed = None if smoothed is None else _float32(smoothed)
         self._step = state["step"]
-        self._rates = [torch.tensor(rate) for rate in state["rates"]]
+        self._rates = [_float32(rate) for rate in state["rates"]]
 
     def _move(self, rate: Tensor) -> None:
         before = rate if self._smoothed is None else _beside(rate, self._smoothed)
@@ -296,6 +296,11 @@ class TargetRate:
         return (
             f"TargetRate({self.nats}, beta={self.start}, bounds={self.bounds}, speed={self.speed})"
         )
+
+
+def _float32(value: float) -> Tensor:
+    # The default dtype is bfloat16 in a bf16-true run, and float64 in many a script.
+    return torch.tensor(value, dtype=torch.float32)
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

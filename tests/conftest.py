@@ -1,8 +1,12 @@
-"""Hosts and devices are asked for by name: one that is then missing is an error, not a skip."""
+"""Hosts and devices are asked for by name: one that is missing then is an error, not a skip.
+
+Of hosts by CLIMB_TEST_HOSTS=lightly,lightning,solo_learn, of devices by CLIMB_TEST_DEVICES=cuda.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +21,8 @@ HOSTS = {
     "solo_learn": (("solo",), "test_solo"),
 }
 
+DEVICES = ["cpu", "cuda"]
+
 collect_ignore = ["benchmarks"]  # with doctests, pytest would import them
 
 # Shared machines are slow at times; what is slow is measured in benchmarks, not here.
@@ -25,28 +31,24 @@ hypothesis.settings.load_profile("climb")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    asked = [name for name in os.environ.get("CLIMB_TEST_HOSTS", "").split(",") if name]
-    unknown = [name for name in asked if name not in HOSTS]
-    if unknown:
-        raise pytest.UsageError(f"CLIMB_TEST_HOSTS names {unknown}; there are {list(HOSTS)}.")
-    missing = [name for name in asked if not importable(name)]
+    missing = [name for name in asked("CLIMB_TEST_HOSTS", list(HOSTS)) if not importable(name)]
     if missing:
         raise pytest.UsageError(f"CLIMB_TEST_HOSTS asks for {missing}, which cannot be imported.")
-    devices = [name for name in os.environ.get("CLIMB_TEST_DEVICES", "").split(",") if name]
-    unknown = [name for name in devices if name not in ("cpu", "cuda")]
-    if unknown:
-        raise pytest.UsageError(f"CLIMB_TEST_DEVICES names {unknown}; there are cpu and cuda.")
-    if "cuda" in devices and not torch.cuda.is_available():
-        raise pytest.UsageError("CLIMB_TEST_DEVICES asks for cuda, which is not available.")
+    missing = [name for name in asked("CLIMB_TEST_DEVICES", DEVICES) if not available(name)]
+    if missing:
+        raise pytest.UsageError(f"CLIMB_TEST_DEVICES asks for {missing}, which torch cannot find.")
 
 
 def pytest_report_header() -> list[str]:
-    hosts = ", ".join(
+    hosts = (
         f"{name} {'tested' if importable(name) else 'NOT importable, its tests do not run'}"
         for name in HOSTS
     )
-    cuda = "tested" if torch.cuda.is_available() else "NOT available, its tests do not run"
-    return [f"hosts: {hosts}", f"devices: cpu tested, cuda {cuda}"]
+    devices = (
+        f"{name} {'tested' if available(name) else 'NOT there, its tests do not run'}"
+        for name in DEVICES
+    )
+    return [f"hosts: {', '.join(hosts)}", f"devices: {', '.join(devices)}"]
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -59,3 +61,22 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def importable(host: str) -> bool:
     modules, _ = HOSTS[host]
     return any(find_spec(module) is not None for module in modules)
+
+
+def asked(variable: str, known: Sequence[str]) -> list[str]:
+    """The names in an environment variable."""
+    names = [name for name in os.environ.get(variable, "").split(",") if name]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise pytest.UsageError(f"{variable} names {unknown}; there are {known}.")
+    return names
+
+
+def available(device: str) -> bool:
+    return device == "cpu" or torch.cuda.is_available()
+
+
+@pytest.fixture(params=[name for name in DEVICES if available(name)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device of this machine."""
+    return torch.device(request.param)

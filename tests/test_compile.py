@@ -287,6 +287,18 @@ def test_a_copy_is_compiled_for_itself(how: str) -> None:
     assert other.terms.rate > 0
 
 
+def test_a_head_that_was_made_on_the_meta_device_draws_its_noise() -> None:
+    """As hosts make large models, before they fill them from a checkpoint."""
+    plain = GaussianHead(WIDTH, seed=1)
+    with torch.device("meta"):
+        head = GaussianHead(WIDTH)
+    head.to_empty(device="cpu")
+    head.load_state_dict(plain.state_dict())
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    view = torch.randn(6, WIDTH)
+    assert torch.equal(compiled(view), plain(view))
+
+
 class Autocast(nn.Module):
     """What a learned mean needs."""
 
