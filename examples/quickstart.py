@@ -3,7 +3,8 @@
 Run it with no arguments: a small convolutional network learns scikit-learn's 1,797 scans of
 handwritten digits (nothing is downloaded). Both runs start from the same weights and see the
 same images, in the same order, with the same augmentations. At the end it prints a table and
-draws the curves of both.
+draws the curves of both. With ``--checkpoint FILE`` it can be stopped at any moment: the same
+command goes on from there, and ends with the same numbers (on the CPU, to the last bit).
 
 The one line that turns CLIMB on is the call of ``wrap`` in :func:`train`. It comes before the
 optimizer is built: it puts a Gaussian head into the projection head, which is trained with it.
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import glob
 import math
 import os
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -234,8 +236,15 @@ class Run:
     active: float = math.nan  # dimensions of the embedding, at the end
 
 
-def train(name: str, images: Images, args: argparse.Namespace, *, beta: float | None) -> Run:
-    """Trains from scratch: plain if ``beta`` is None, else with CLIMB."""
+def train(
+    name: str,
+    images: Images,
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    *,
+    beta: float | None,
+) -> Run:
+    """Trains from scratch or the checkpoint: plain if ``beta`` is None, else with CLIMB."""
     # CLIMB draws its noise from a stream of its own, so that these seeds give both runs the same
     # weights, order and augmentations.
     random.seed(args.seed)
@@ -254,10 +263,14 @@ def train(name: str, images: Images, args: argparse.Namespace, *, beta: float | 
     steps = args.epochs * len(loader)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     bank, queries = images.whole(images.train), images.whole(images.test)
-    run = Run(name)
-    measure_knn(run, model, bank, queries)
-    with tqdm(total=steps, desc=f"{name:>5}", unit="step") as bar:
-        for epoch in range(args.epochs):
+    state = {"model": model, "criterion": criterion, "optimizer": optimizer, "decay": decay}
+    run = checkpoint.restore(name, state)
+    if not run.student:
+        measure_knn(run, model, bank, queries)
+    done = len(run.base_loss)
+    bar = tqdm(total=steps, initial=done * len(loader), desc=f"{name:>5}", unit="step")
+    with bar:
+        for epoch in range(done, args.epochs):
             momentum = cosine_schedule(epoch, args.epochs, 0.99, 1)
             base_losses, rates = [], []
             for views in loader:
@@ -278,6 +291,7 @@ def train(name: str, images: Images, args: argparse.Namespace, *, beta: float | 
             run.rate.append(float(torch.stack(rates).mean()) if rates else math.nan)
             measure_knn(run, model, bank, queries)
             bar.set_postfix_str(f"k-NN {run.student[-1]:.1f} %")
+            checkpoint.save(run, state)
     if isinstance(criterion, ClimbLoss) and criterion.heads:
         run.active = count_active(model, criterion.heads[0], queries[0])
     return run
@@ -316,6 +330,95 @@ def count_active(model: Learner, head: GaussianHead, pixels: Tensor) -> int:
         model.head(model.backbone(part))
     handle.remove()
     return active_dimensions(*head.posterior(torch.cat(embeddings)))
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """The whole comparison after its last complete epoch, in a file; without a path: nothing.
+
+    Args:
+        path: The file; what it holds is loaded, if it is there.
+        settings: What a run must have in common with the checkpoint that it goes on from.
+
+    Raises:
+        ValueError: If the file is not a checkpoint of this script with these settings.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.runs: dict[str, Run] = {}
+        self.loaded: dict[str, Any] = {}
+        if path is not None and path.exists():
+            self._load(path)
+        if path is not None:  # what a killed run has left
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
+                leftover.unlink(missing_ok=True)
+
+    def _load(self, path: Path) -> None:
+        try:
+            self.loaded = torch.load(path, map_location="cpu", weights_only=True)
+            before, _, _ = (self.loaded[key] for key in ("quickstart", "state", "random"))
+            self.runs = {run["name"]: Run(**run) for run in self.loaded["runs"]}
+        except Exception as error:  # of many types, if the file is something else
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+            raise ValueError(f"it is not a whole checkpoint of this script ({reason})") from error
+        changed = [
+            f"{name} {before.get(name)}, not {self.settings.get(name)}"
+            for name in sorted({*before, *self.settings})
+            if before.get(name) != self.settings.get(name)
+        ]
+        if changed:
+            raise ValueError(f"it was made with {'; '.join(changed)}")
+
+    def restore(self, name: str, state: dict[str, Any]) -> Run:
+        """What run ``name`` has measured so far; ``state`` and the random numbers go back there."""
+        run = self.runs.setdefault(name, Run(name))
+        if run.base_loss and name == self.loaded["runs"][-1]["name"]:
+            for part, values in self.loaded["state"].items():
+                state[part].load_state_dict(values)
+            set_random_state(self.loaded["random"])
+        return run
+
+    def save(self, run: Run, state: dict[str, Any]) -> None:
+        """Replaces the file by one of now, in one step: it is whole at every moment."""
+        if self.path is None:
+            return
+        self.runs[run.name] = run
+        everything = {
+            "quickstart": self.settings,
+            "runs": [asdict(run) for run in self.runs.values()],
+            "state": {part: owner.state_dict() for part, owner in state.items()},
+            "random": get_random_state(),
+        }
+        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}.unfinished")
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(everything, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, self.path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def get_random_state() -> dict[str, Any]:
+    """Of weights, order and augmentations, in types that ``weights_only=True`` loads."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": (kind, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restores what :func:`get_random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
 
 
 # ---- Results -------------------------------------------------------------------------------------
@@ -397,6 +500,20 @@ def main(argv: Sequence[str] | None = None) -> tuple[Run, Run]:
     writable = os.access(args.out.resolve().parent, os.W_OK) and not args.out.is_dir()
     if args.out.suffix.lower() != ".png" or not writable:
         parser.error(f"--out must be a .png in a folder that can be written to, got {args.out}")
+    kept = args.checkpoint
+    if kept is not None and (
+        not os.access(kept.resolve().parent, os.W_OK) or kept.resolve() == args.out.resolve()
+    ):
+        parser.error(
+            f"--checkpoint must be in a folder that can be written to, and not --out, got {kept}"
+        )
+    try:
+        checkpoint = Checkpoint(args.checkpoint, settings_of(args))
+    except ValueError as error:
+        parser.error(
+            f"cannot go on from {kept}: {error}. It was left as it is: give --checkpoint "
+            "another name, or repeat the options that it was made with"
+        )
     try:
         images = load_images(args.data, args.data_root, args.images)
     except (OSError, RuntimeError) as error:
@@ -407,8 +524,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[Run, Run]:
     torch.set_num_threads(args.threads)
     # Lightly's DINO head is built with it.
     warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
-    plain = train("plain", images, args, beta=None)
-    climb = train("CLIMB", images, args, beta=args.beta)
+    plain = train("plain", images, args, checkpoint, beta=None)
+    climb = train("CLIMB", images, args, checkpoint, beta=args.beta)
 
     unit = METHODS[args.method].loss_unit
     title = f"{args.method} on {args.data}, beta {args.beta:g} per nat, seed {args.seed}"
@@ -450,7 +567,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--images", "most images to train on, and to test on (default: all)", type=at_least(BATCH))
     add("--threads", "of the CPU; one is enough for the digits", type=at_least(1), default=1)
     add("--out", "the drawing of the curves, a PNG", type=Path, default=Path("quickstart.png"))
+    add("--checkpoint", "kept after every epoch; gone on from if it is there", type=Path)
     return parser
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """All that the numbers depend on: not where the files are."""
+    sizes = {"BATCH": BATCH, "FEATURES": FEATURES, "HIDDEN": HIDDEN, "EMBEDDING": EMBEDDING}
+    options = {f"--{name}": value for name, value in vars(args).items()}
+    for place in ("--data_root", "--out", "--checkpoint"):
+        del options[place]
+    return {**options, **sizes, "PROTOTYPES": PROTOTYPES}
 
 
 def at_least(least: _Number) -> Callable[[str], _Number]:
