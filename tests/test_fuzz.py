@@ -134,12 +134,13 @@ class Controller:
         return math.log(max(rate, 1e-6) / self.target.nats)
 
 
-SCHEDULES: dict[str, Callable[[], Any]] = {
-    "none": lambda: Constant(0.0),
-    "constant": lambda: Constant(0.1),
-    "linear": lambda: Linear(0.1, warmup=4, delay=2),
-    "cosine": lambda: Cosine(0.1, warmup=6),
-    "target": lambda: TargetRate(10.0, beta=0.01, speed=0.1),
+# Of the nats that are free.
+SCHEDULES: dict[str, Callable[[float], Any]] = {
+    "none": lambda free: Constant(0.0),
+    "constant": lambda free: Constant(0.1),
+    "linear": lambda free: Linear(0.1, warmup=4, delay=2),
+    "cosine": lambda free: Cosine(0.1, warmup=6),
+    "target": lambda free: TargetRate(10.0 + free, beta=0.01, speed=0.1),
 }
 
 
@@ -215,11 +216,11 @@ class Training(RuleBasedStateMachine):
         prior=st.sampled_from(PRIORS),
         schedule=st.sampled_from(sorted(SCHEDULES)),
         alpha=st.sampled_from([0.0, 0.5]),
-        free_nats=st.sampled_from([0.0, 1.0]),
+        free_nats=st.sampled_from([0.0, 8.0, 11.5]),  # some samples of a head above, some below
     )
     def start(self, layout: str, prior: str, schedule: str, alpha: float, free_nats: float) -> None:
         self.layout, self.schedule = layout, schedule
-        self.options = {"prior": prior, "alpha": alpha, "free_nats": free_nats}
+        self.options: dict[str, Any] = {"prior": prior, "alpha": alpha, "free_nats": free_nats}
         self.dtype = torch.float32
         self.net, self.loss = self.build(seed=1)
         self.controller: Controller | None = None
@@ -233,7 +234,8 @@ class Training(RuleBasedStateMachine):
     def build(self, seed: int) -> tuple[Net, ClimbLoss]:
         torch.manual_seed(seed)
         net = Net(self.layout, seed=seed)
-        loss = quiet_loss(net, beta=SCHEDULES[self.schedule](), **self.options)
+        beta = SCHEDULES[self.schedule](self.options["free_nats"] * len(net.heads))
+        loss = quiet_loss(net, beta=beta, **self.options)
         return net.to(self.device, self.dtype), loss.to(self.device, self.dtype)
 
     def optimise(self) -> None:
@@ -488,7 +490,7 @@ class Training(RuleBasedStateMachine):
 
 def test_any_order_of_steps() -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        Training, settings=settings(max_examples=60, stateful_step_count=30)
+        Training, settings=settings(max_examples=40, stateful_step_count=30)
     )
 
 
@@ -505,7 +507,7 @@ def resident_bytes(device: torch.device) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["linear", "chain"])
 def test_nothing_grows_over_1000_steps(layout: str, device: torch.device) -> None:
     """From step 300 on: by then the heads have seen the 256 calls that they keep a row of.
 
