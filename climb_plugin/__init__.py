@@ -1,8 +1,28 @@
 """CLIMB: an information bottleneck beside any self-supervised loss."""
 
-from climb_plugin.head import GaussianHead
+import torch
+
+from climb_plugin.head import GaussianHead, Posterior
 from climb_plugin.loss import ClimbLoss, ClimbTerms
+from climb_plugin.monitor import Measurements
+from climb_plugin.noise import NoiseStream
+from climb_plugin.schedule import Constant, Cosine, Exponential, Linear, TargetRate
 
 __version__ = "0.1.0"
 
 __all__ = ["ClimbLoss", "ClimbTerms", "GaussianHead", "__version__"]
+
+# Values without code of their own: a checkpoint with one of them loads with weights_only=True.
+torch.serialization.add_safe_globals(
+    [
+        ClimbTerms,
+        Constant,
+        Cosine,
+        Exponential,
+        Linear,
+        Measurements,
+        NoiseStream,
+        Posterior,
+        TargetRate,
+    ]
+)
