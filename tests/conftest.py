@@ -1,4 +1,7 @@
-"""Hosts are asked for by name: one that is asked for and missing is an error, not a skip."""
+"""Hosts are asked for by name: one that is asked for and missing is an error, not a skip.
+
+So is one that CLIMB_TEST_WITHOUT names and that can be imported.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,12 @@ hypothesis.settings.load_profile("climb")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    asked = [name for name in os.environ.get("CLIMB_TEST_HOSTS", "").split(",") if name]
-    unknown = [name for name in asked if name not in HOSTS]
-    if unknown:
-        raise pytest.UsageError(f"CLIMB_TEST_HOSTS names {unknown}; there are {list(HOSTS)}.")
-    missing = [name for name in asked if not importable(name)]
+    missing = [name for name in hosts_in("CLIMB_TEST_HOSTS") if not importable(name)]
     if missing:
         raise pytest.UsageError(f"CLIMB_TEST_HOSTS asks for {missing}, which cannot be imported.")
+    present = [name for name in hosts_in("CLIMB_TEST_WITHOUT") if importable(name)]
+    if present:
+        raise pytest.UsageError(f"CLIMB_TEST_WITHOUT excludes {present}, which can be imported.")
 
 
 def pytest_report_header() -> str:
@@ -43,6 +45,14 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
         if collection_path.name.startswith(files) and not importable(name):
             return True
     return None
+
+
+def hosts_in(variable: str) -> list[str]:
+    names = [name for name in os.environ.get(variable, "").split(",") if name]
+    unknown = [name for name in names if name not in HOSTS]
+    if unknown:
+        raise pytest.UsageError(f"{variable} names {unknown}; there are {list(HOSTS)}.")
+    return names
 
 
 def importable(host: str) -> bool:
