@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test bench demo notebooks clean
+.PHONY: test bench demo notebooks matrix dist clean
 
 # Installed, not in place: the tests and mypy see what a user of the wheel sees. mypy runs in
 # tests, because in the root it would find the core there, without adapters. Adapters whose host
@@ -26,6 +26,21 @@ notebooks: .venv/notebooks
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	$(BIN)/python tests/examples/notebooks.py
 
+# All environments of tox in pyproject.toml, or those that ENV names: make matrix ENV=oldest,core
+matrix: .venv/matrix
+	$(BIN)/tox run $(if $(ENV),-e $(ENV))
+
+# Wheel and sdist, each of which must do in an environment that has nothing else.
+dist: .venv/dist
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	for built in dist/*.whl dist/*.tar.gz; do \
+		$(PYTHON) -m venv --clear .venv/clean && .venv/clean/bin/pip install --quiet $$built && \
+		.venv/clean/bin/python -I -c "import climb_plugin.adapters as a; print(a.__file__)" || exit 1; \
+	done
+	rm -rf .venv/clean
+
 .venv/test: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet '.[test,lightly,examples]'
@@ -46,5 +61,15 @@ notebooks: .venv/notebooks
 	$(BIN)/pip install --quiet '.[notebooks]'
 	touch $@
 
+.venv/matrix:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet 'tox>=4.21' 'tox-uv>=1.17'
+	touch $@
+
+.venv/dist:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet build twine
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .tox build dist *.egg-info

@@ -101,7 +101,7 @@ class CollapseWatch:
         if not self._warned[which]:
             self._warned[which] = True
             # Past this class, the loss and torch's __call__, at the training step.
-            warnings.warn(f"CLIMB: {message()}", stacklevel=6)
+            warnings.warn(f"CLIMB: {message()}", stacklevel=8)
 
     def __reduce__(self) -> tuple[type[CollapseWatch], tuple[()]]:
         # A copy watches a run of its own.

@@ -41,6 +41,7 @@ def tied(value: Tensor) -> list[Any]:
         value: A tensor; without a ``grad_fn`` it depends on nothing.
 
     Examples:
+        >>> import torch
         >>> sample = 2 * torch.ones(3, requires_grad=True)
         >>> tie("posterior", to=sample)
         >>> tied(sample.sum()), tied(sample.detach().sum())

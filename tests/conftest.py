@@ -1,6 +1,7 @@
 """Hosts and devices are asked for by name: one that is missing then is an error, not a skip.
 
 Of hosts by CLIMB_TEST_HOSTS=lightly,lightning,solo_learn, of devices by CLIMB_TEST_DEVICES=cuda.
+A host that CLIMB_TEST_WITHOUT names must not be importable.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = [name for name in asked("CLIMB_TEST_DEVICES", DEVICES) if not available(name)]
     if missing:
         raise pytest.UsageError(f"CLIMB_TEST_DEVICES asks for {missing}, which torch cannot find.")
+    present = [name for name in asked("CLIMB_TEST_WITHOUT", list(HOSTS)) if importable(name)]
+    if present:
+        raise pytest.UsageError(f"CLIMB_TEST_WITHOUT excludes {present}, which can be imported.")
 
 
 def pytest_report_header() -> list[str]:

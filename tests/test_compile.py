@@ -42,6 +42,8 @@ def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+    # Inductor's C++ of torch 2.4 flushes denormals in the whole process, as -ffast-math does.
+    torch.set_flush_denormal(False)
 
 
 class Net(nn.Module):
