@@ -297,7 +297,16 @@ class GaussianHead(nn.Module):
         return torch.tensor([word for n in numbers for word in divmod(n, 1 << 32)])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restores what :meth:`get_extra_state` returned."""
+        """Restores what :meth:`get_extra_state` returned.
+
+        Raises:
+            ValueError: If ``state`` is something else.
+        """
+        if not isinstance(state, Tensor) or state.dtype != torch.int64 or state.shape != (4,):
+            raise ValueError(
+                f"the state of a GaussianHead's noise is four int64 numbers, got {state!r}: the "
+                "state dict is damaged, was converted to another dtype, or is of something else."
+            )
         seed_high, seed_low, drawn_high, drawn_low = state.tolist()
         self.noise.seed = (seed_high << 32) + seed_low
         self.noise.drawn = (drawn_high << 32) + drawn_low

@@ -240,9 +240,7 @@ class ClimbLoss(nn.Module):
         Raises:
             ValueError: If ``step`` is not an int of 0 or more.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"step must be an int of 0 or more, got {step!r}.")
-        self._step = step
+        self._step = _checked_step(step)
 
     def _beta(self) -> float | Tensor:
         beta = self.schedule(self._step)
@@ -348,8 +346,20 @@ class ClimbLoss(nn.Module):
         """Goes on from what :meth:`climb_state` returned.
 
         Warns of each setting that was another one.
+
+        Raises:
+            ValueError: If ``state`` is something else; then nothing is changed.
         """
-        for name, now in self._config().items():
+        config = self._config()
+        if not isinstance(state, Mapping) or not {"step", *config} <= state.keys():
+            raise ValueError(
+                f"the state of a ClimbLoss has step, {', '.join(config)}, got {state!r}: it is "
+                "damaged, or of something else."
+            )
+        _checked_step(state["step"])
+        if isinstance(self.schedule, TargetRate) and "target_rate" in state:
+            self.schedule.load_state(state["target_rate"])
+        for name, now in config.items():
             if state[name] != now:
                 warnings.warn(
                     f"CLIMB's {name} was {state[name]} when this state was saved and is {now} "
@@ -357,8 +367,6 @@ class ClimbLoss(nn.Module):
                     stacklevel=2,
                 )
         self.set_step(state["step"])
-        if isinstance(self.schedule, TargetRate) and "target_rate" in state:
-            self.schedule.load_state(state["target_rate"])
 
     def _config(self) -> dict[str, str]:
         shown = repr(self.schedule)
@@ -419,6 +427,12 @@ def _checked_heads(heads: GaussianHead | Sequence[GaussianHead]) -> tuple[Gaussi
     if len(set(several)) < len(several):
         raise ValueError("heads holds the same head twice.")
     return several
+
+
+def _checked_step(step: int) -> int:
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"step must be an int of 0 or more, got {step!r}.")
+    return step
 
 
 def _checked_scalar(value: Any) -> Tensor:

@@ -273,12 +273,26 @@ class TargetRate:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state` returned."""
-        smoothed = state["smoothed"]
+        """Restores what :meth:`state` returned.
+
+        Raises:
+            ValueError: If ``state`` is something else, or a number in it is not finite.
+        """
+        try:
+            step, rates, smoothed = state["step"], list(state["rates"]), state["smoothed"]
+            numbers = torch.tensor([step, *rates, state["log_beta"], smoothed or 0.0])
+            whole = isinstance(step, int) and bool(torch.isfinite(numbers).all())
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            whole = False
+        if not whole:
+            raise ValueError(
+                "the state of a TargetRate has log_beta, smoothed, step and rates, all finite, got "
+                f"{state!r}: it is damaged, or of something else."
+            )
         self._log_beta = _float32(state["log_beta"])
         self._smoothed = None if smoothed is None else _float32(smoothed)
-        self._step = state["step"]
-        self._rates = [_float32(rate) for rate in state["rates"]]
+        self._step = step
+        self._rates = [_float32(rate) for rate in rates]
 
     def _move(self, rate: Tensor) -> None:
         before = rate if self._smoothed is None else _beside(rate, self._smoothed)

@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,16 @@ class TestHostRandomness:
         resumed.load_state_dict(torch.load(file, weights_only=True))
         for sample in expected:
             assert torch.equal(resumed(rows()), sample)
+
+    @pytest.mark.parametrize(
+        "state", [torch.zeros(3).long(), torch.zeros(4), torch.tensor(5), b"half a", None]
+    )
+    def test_another_state_is_refused(self, state: Any) -> None:
+        head = GaussianHead(6, seed=2)
+        full = {**head.state_dict(), "_extra_state": state}
+        with pytest.raises(ValueError, match=r"noise is four int64 numbers, got .*damaged"):
+            head.load_state_dict(full)
+        assert (head.noise.seed, head.noise.drawn) == (2, 0)
 
 
 class TestWhatIsRemembered:

@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 from climb_plugin import ClimbLoss, ClimbTerms, GaussianHead
-from climb_plugin.schedule import Linear
+from climb_plugin.schedule import Linear, TargetRate
 
 PRIORS = ["standard", "learned", "view"]
 
@@ -389,6 +390,57 @@ class TestSchedule:
         ramped = make(StatefulLoss(), beta=Linear(1.0, warmup=4))
         with pytest.warns(UserWarning, match="no CLIMB step"):
             ramped.load_state_dict(StatefulLoss().state_dict())
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"step": -1}, "step must be an int of 0 or more, got -1"),
+            ({"step": "3"}, "step must be an int of 0 or more, got '3'"),
+            ({"alpha": None}, "has step, beta, alpha, prior, free_nats, got .*: it is damaged"),
+            (None, "has step, beta, alpha, prior, free_nats, got 'half a': it is damaged"),
+            ({"target_rate": {}}, "has log_beta, smoothed, step and rates, .*: it is damaged"),
+            ({"target_rate": "half a"}, "got 'half a': it is damaged"),
+            ({"target_rate": {"log_beta": math.nan}}, "all finite, got .*nan"),
+            ({"target_rate": {"rates": [1.0, math.inf]}}, "all finite, got .*inf"),
+            ({"target_rate": {"smoothed": "3"}}, "all finite, got .*'3'"),
+            ({"target_rate": {"step": 1.5}}, r"all finite, got .*1\.5"),
+        ],
+    )
+    def test_a_damaged_state_is_refused_and_changes_nothing(
+        self, change: dict[str, Any] | None, message: str
+    ) -> None:
+        first, second = (make(beta=TargetRate(4.0)) for _ in range(2))
+        self.train(first, 2)
+        state = first.state_dict()
+        saved = state._metadata[""]["climb"]  # type: ignore[attr-defined]
+        for name, value in (change or {}).items():
+            if value is None:
+                del saved[name]
+            elif isinstance(value, dict) and value:
+                saved[name].update(value)
+            else:
+                saved[name] = value
+        if change is None:
+            state._metadata[""]["climb"] = "half a"  # type: ignore[attr-defined]
+        before = second.climb_state()
+        with pytest.raises(ValueError, match=message):
+            second.load_state_dict(state)
+        assert second.climb_state() == before
+
+    @pytest.mark.parametrize(
+        ("width", "prior", "message"),
+        [
+            (5, "learned", "size mismatch for climb_priors.0.mean"),
+            (6, "standard", "Missing key.*climb_priors.0.mean"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:CLIMB's prior was")
+    def test_the_state_of_another_prior_is_refused(
+        self, width: int, prior: str, message: str
+    ) -> None:
+        state = make(heads=GaussianHead(width), prior=prior).state_dict()
+        with pytest.raises(RuntimeError, match=f"(?s){message}"):
+            make(prior="learned").load_state_dict(state)
 
     def test_a_schedule_of_the_users_own_is_checked(self) -> None:
         loss = make(beta=lambda step: 0.1 - step)

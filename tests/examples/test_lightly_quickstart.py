@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import math
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -145,6 +147,111 @@ def test_an_interrupted_run_leaves_the_drawing(
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.fixture(scope="module")
+def checkpoint(quickstart: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    file = folder / "run.pt"
+    quickstart.main([*SHORT, "--out", str(folder / "curves.png"), "--checkpoint", str(file)])
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (lambda whole: whole, ["--seed", "1"], "it was made with --seed 0, not 1. It was left"),
+        (
+            lambda whole: whole,
+            ["--beta", "0.1", "--method", "byol"],
+            "it was made with --beta 0.01, not 0.1; --method dino, not byol. It",
+        ),
+        (lambda whole: whole[: len(whole) // 2], [], "not a whole checkpoint of this script"),
+        (lambda whole: whole[:-1], [], "not a whole checkpoint of this script"),
+        (lambda whole: b"", [], "not a whole checkpoint of this script (EOFError"),
+        (lambda whole: b"notes of mine", [], "not a whole checkpoint of this script (Unpickling"),
+        (lambda whole: saved([1, 2]), [], "not a whole checkpoint of this script (TypeError"),
+        (
+            lambda whole: saved({"state_dict": {}}),
+            [],
+            "not a whole checkpoint of this script (KeyError: 'quickstart')",
+        ),
+        (lambda whole: saved(Code()), [], "not a whole checkpoint of this script (Unpickling"),
+    ],
+)
+def test_refuses_a_foreign_checkpoint(
+    quickstart: ModuleType,
+    checkpoint: bytes,
+    change: Callable[[bytes], bytes],
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(quickstart, "load_images", lambda *_: pytest.fail("it went on"))
+    file = tmp_path / "run.pt"
+    file.write_bytes(change(checkpoint))
+    before = file.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        quickstart.main([*SHORT, "--checkpoint", str(file), *arguments])
+    assert stop.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"cannot go on from {file}: it" in said
+    assert message in said
+    assert "It was left as it is: give --checkpoint another name" in said
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+class Code:
+    """What a checkpoint must not be able to run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("the checkpoint was executed",)
+
+
+def saved(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def test_an_error_while_saving_leaves_the_checkpoint(
+    quickstart: ModuleType, checkpoint: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.pt"
+    arguments = ["--epochs", "2", *SHORT[2:], "--checkpoint", str(file)]
+    save, seen = torch.save, []
+
+    def full(content: Any, target: Any) -> None:
+        if seen:
+            target.write(b"half a check")
+            raise OSError("no space left")
+        save(content, target)
+        seen.append(content)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        quickstart.main([*arguments, "--out", str(tmp_path / "curves.png")])
+    left = torch.load(file, weights_only=True)["runs"]
+    assert str(left) == str(seen[0]["runs"])  # there is a NaN in it
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_kill_has_left_is_removed(
+    quickstart: ModuleType, checkpoint: bytes, tmp_path: Path
+) -> None:
+    file = tmp_path / "run[1].pt"
+    file.write_bytes(checkpoint)
+    others = [tmp_path / ".run1.pt.7.unfinished", tmp_path / ".run[1].pt.of_mine"]
+    leftover = tmp_path / ".run[1].pt.7.unfinished"
+    for path in (*others, leftover):
+        path.write_bytes(b"half a check")
+    out = tmp_path / "curves.png"
+    quickstart.main([*SHORT, "--out", str(out), "--checkpoint", str(file)])
+    assert set(tmp_path.iterdir()) == {file, out, *others}
+    assert file.read_bytes() == checkpoint  # nothing was left to do
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -163,6 +270,8 @@ def test_an_interrupted_run_leaves_the_drawing(
         (["--data-root", "here"], "--data cifar10 and --data-root DIR go together"),
         (["--out", "curves.pdf"], "--out must be a .png in a folder that can be written to"),
         (["--out", "no/such/folder/curves.png"], "--out must be a .png in a folder that can"),
+        (["--checkpoint", "no/such/folder/run.pt"], "--checkpoint must be in a folder that can"),
+        (["--checkpoint", "quickstart.png"], "and not --out, got quickstart.png"),
         (["--gamma", "1"], "unrecognized arguments: --gamma 1"),
     ],
 )
@@ -246,7 +355,7 @@ def test_help_says_every_default() -> None:
     asked = subprocess.run(
         [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True
     )
-    # argparse breaks lines anywhere; --data-root alone has no default.
+    # argparse breaks lines anywhere; --data-root and --checkpoint have no default.
     assert " ".join(asked.stdout.split()).count("(default: ") == 8
     assert "in units of the base loss per nat" in " ".join(asked.stdout.split())
 
