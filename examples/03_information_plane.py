@@ -23,6 +23,7 @@ import torch
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, under lightly
 from digits import DEVICE, Part, Trained, knn_accuracy, load, train
+from joblib import Parallel, delayed
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
@@ -33,13 +34,11 @@ from climb_plugin.schedule import Schedule, TargetRate
 DATA = "digits"  # or "cifar10": torchvision downloads 170 MB into the folder data
 LIMIT = None if DATA == "digits" else 5000  # images to train on; None: all, with time or a GPU
 METHOD = "simclr"  # or "dino", which takes a third longer
-BETAS = [1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 1.0]
+BETAS = [1e-3, 1e-2, 3e-2, 1e-1, 1.0]
 TARGETS = [10.0, 20.0, 40.0]  # nats
 SEEDS = range(3)
-STEPS, BATCH = 500, 64
+STEPS, BATCH = 400, 64
 
-if DEVICE == "cpu":
-    torch.set_num_threads(1)  # more do not help with such a small network
 plt.rcParams.update(
     {"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3, "figure.dpi": 90}
 )
@@ -51,7 +50,7 @@ print(f"{len(data.validation.labels)} to choose on, {len(data.test.labels)} for 
 # %% [markdown]
 # ## 1. A sweep over beta
 #
-# Six betas over four decades, and training without CLIMB, each with three seeds. Runs of one seed
+# Five betas over three decades, and training without CLIMB, each with three seeds. Runs of one seed
 # start from the same weights and see the same images and views, so each has a *plain twin*, and
 # what CLIMB does is the difference to the twin. k-NN accuracy is measured at two places, on the
 # validation images: on the features of the backbone, which one would use afterwards, and on the
@@ -93,6 +92,8 @@ def run(
     learning_rate: float = 3e-3,
 ) -> Measured:
     """Trains and measures on the validation images."""
+    if DEVICE == "cpu":
+        torch.set_num_threads(1)  # more do not help with such a small network
     trained = train(
         data.train.images,
         beta=beta,
@@ -107,6 +108,14 @@ def run(
     return Measured(trained, *knn(trained, data.validation), rate, base)
 
 
+def side_by_side(jobs: Sequence[tuple[int, float | Schedule | None]]) -> list[Measured]:
+    """Two runs at a time, each with a core of its own."""
+    measured: list[Measured] = Parallel(n_jobs=2 if DEVICE == "cpu" else 1)(
+        delayed(run)(seed, beta) for seed, beta in jobs
+    )
+    return measured
+
+
 def values(runs: Sequence[Measured], name: str) -> NDArray[np.float64]:
     """One value of each run."""
     return np.array([getattr(one, name) for one in runs])
@@ -119,8 +128,8 @@ def spread(numbers: NDArray[np.float64], digits: int = 1) -> str:
 
 # A learning rate of 0 leaves the weights alone, while batch norm sees the images.
 untrained = [run(seed, steps=50, learning_rate=0.0) for seed in SEEDS]
-plain = [run(seed) for seed in SEEDS]
-sweep = {beta: [run(seed, beta) for seed in SEEDS] for beta in BETAS}
+plain = side_by_side([(seed, None) for seed in SEEDS])
+sweep = {beta: side_by_side([(seed, beta) for seed in SEEDS]) for beta in BETAS}
 
 # %% [markdown]
 # Mean ± standard deviation over the seeds; `- plain` is the difference to the twin, in points. One
@@ -225,13 +234,13 @@ both[1].legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# The accuracy is flat where the rate falls from 80 to about 40 nats: half of the nats did nothing
-# for k-NN. It is not higher there either: no beta gains more over the plain twins than its spread.
-# Below that a knee: at beta 0.1, with 6 nats, the embedding has lost accuracy, and the base loss
-# has risen by more than 1. At beta 1 it nears that of the untrained network, which means that the
-# rate is about to win over the task. The features lose less than the embedding, as they lie before
-# the Gaussian; and the untrained network shows how little of their accuracy is learned at all on
-# data as easy as these. On your own data expect another curve.
+# From 70 nats down to about 18 the embedding stays near its plain twins: most of the nats did little
+# for k-NN. It is not better there either: no beta gains more over the twins than its spread. Then a
+# knee: at beta 0.1, with 7 nats, the embedding has lost about two points, and the base loss has
+# risen by 1. At beta 1 that is near the loss of the untrained network, which means that the rate is
+# about to win over the task. The features lose less than the embedding, as they lie before the
+# Gaussian; and the untrained network shows how little of their accuracy is learned at all on data as
+# easy as these. On your own data expect another curve.
 #
 # ## 3. Choosing beta
 #
@@ -268,6 +277,9 @@ print(f"chosen: beta {chosen:g}")
 
 # %% [markdown]
 # Only now the test images, for this beta and for the plain twins; nothing is chosen after this.
+# (In the stored run the chosen beta loses about one point there, on features and embedding: what 300
+# images and three seeds call free, 450 other images need not. That is the resolution of this study;
+# with more images and seeds, or a step further to the left, one is safer.)
 
 # %%
 tested = {
@@ -320,7 +332,7 @@ plt.show()
 # %%
 targeted = {
     # From a high beta: the rate of these short runs is then soon near the target.
-    target: [run(seed, TargetRate(target, beta=0.1)) for seed in SEEDS]
+    target: side_by_side([(seed, TargetRate(target, beta=0.1)) for seed in SEEDS])
     for target in TARGETS
 }
 
@@ -365,13 +377,17 @@ for target, runs in targeted.items():
     print(f"{f'target {target:g} nats':26}{cells}")
 
 # %% [markdown]
+# They do, as far as three seeds can tell: no target lies further off the curve than a point. A rate
+# and the beta that leads to it are two names for the same choice.
+
+# %% [markdown]
 # ## 5. Does the rate arrive, and does it stay?
 #
 # Two longer trainings towards 20 nats (29 bits): one starts with a beta that is far too small,
 # 1e-5, the other with one that is too large, 0.1.
 
 # %%
-TARGET, LONG, WINDOW = 20.0, 2000, 100
+TARGET, LONG, WINDOW = 20.0, 1600, 100
 STARTS = [1e-5, 1e-1]
 traces = {start: run(0, TargetRate(TARGET, beta=start), steps=LONG).trained for start in STARTS}
 
@@ -430,7 +446,7 @@ plt.show()
 # them. Where a training swings for longer, halve `speed`; and where the length of a training
 # allows no search, start from a beta that a sweep like the one above has shown to be near.
 #
-# **To take home.** On these data CLIMB removes half of the nats and neither gains nor loses
-# accuracy that three seeds could show. Choose beta at the end of the flat part, on validation
-# images; if all of it is flat, that says that k-NN does not need those nats, not that the beta is
-# a good one. To compare losses, or to carry a choice over to another one, use a target rate.
+# **To take home.** On these data CLIMB removes half of the nats without a loss that three seeds could
+# show, and no beta gains accuracy. Choose beta before the end of the flat part, on validation images;
+# if all of it is flat, that says that k-NN does not need those nats, not that the beta is a good one.
+# To compare losses, or to carry a choice over to another one, use a target rate.
