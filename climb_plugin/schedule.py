@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Of a target rate: weight of the past in the smoothed rate, weight of the change of the error,
-# and the rate in nats below which all rates count as equal.
-_MEMORY = 0.9
-_DAMPING = 5.0
+# Of a target rate: weight of the change of the error, and the rate in nats below which all rates
+# count as equal.
+_DAMPING = 3.0
 _LEAST_RATE = 1e-6
 
 
@@ -180,13 +179,14 @@ class TargetRate:
     Log beta is the dual variable of the constraint ``rate = nats``, so beta is positive. After
     every optimiser step it moves by
 
-        speed * error + 5 * (change of the error since the last step),
+        speed * error + 3 * (change of the error since the last step),
 
-    where the error is the logarithm of the smoothed rate over the target (in the first part
-    between -1 and 1). The second part damps: beta rests while the error shrinks by the fraction
-    speed / 5 per step, and goes back while it shrinks faster. A training answers slowly, because
-    mean and std follow at the pace of the optimiser; without that part beta would grow all the
-    while, and the rate fall far too low.
+    where the error is the logarithm of the rate over the target (in the first part between -1 and
+    1). The second part damps: beta rests while the error shrinks by the fraction speed / 3 per
+    step, and goes back while it shrinks faster. A training answers slowly, because mean and std
+    follow at the pace of the optimiser; without that part beta would grow all the while, and the
+    rate fall far too low. It is the smoothed rate that arrives: single batches scatter about it,
+    and beta with them. (To smooth the rate first delays the answer, and makes both swing.)
 
     Beta stays on the device. With several ranks the rate is averaged over them, by one
     all-reduce of a scalar in every call of the loss, so beta is the same on all.
@@ -226,7 +226,7 @@ class TargetRate:
         *,
         beta: float = 1e-3,
         bounds: tuple[float, float] = (1e-8, 1e2),
-        speed: float = 0.03,
+        speed: float = 0.02,
     ) -> None:
         least, most = bounds
         positive = {"nats": nats, "beta": beta, "speed": speed, "bounds": least}
@@ -240,7 +240,7 @@ class TargetRate:
         self.speed = float(speed)
         self.start = float(beta)
         self._log_beta = _float32(math.log(beta))
-        self._smoothed: Tensor | None = None
+        self._before: Tensor | None = None
         # What the calls of one step have shown (a loss per view, gradient accumulation).
         self._step = 0
         self._rates: list[Tensor] = []
@@ -267,7 +267,7 @@ class TargetRate:
         """What a checkpoint needs, as numbers."""
         return {
             "log_beta": float(self._log_beta),
-            "smoothed": None if self._smoothed is None else float(self._smoothed),
+            "before": None if self._before is None else float(self._before),
             "step": self._step,
             "rates": [float(rate) for rate in self._rates],
         }
@@ -279,25 +279,25 @@ class TargetRate:
             ValueError: If ``state`` is something else, or a number in it is not finite.
         """
         try:
-            step, rates, smoothed = state["step"], list(state["rates"]), state["smoothed"]
-            numbers = torch.tensor([step, *rates, state["log_beta"], smoothed or 0.0])
+            step, rates, before = state["step"], list(state["rates"]), state["before"]
+            numbers = torch.tensor([step, *rates, state["log_beta"], before or 0.0])
             whole = isinstance(step, int) and bool(torch.isfinite(numbers).all())
         except (KeyError, TypeError, ValueError, RuntimeError):
             whole = False
         if not whole:
             raise ValueError(
-                "the state of a TargetRate has log_beta, smoothed, step and rates, all finite, got "
+                "the state of a TargetRate has log_beta, before, step and rates, all finite, got "
                 f"{state!r}: it is damaged, or of something else."
             )
         self._log_beta = _float32(state["log_beta"])
-        self._smoothed = None if smoothed is None else _float32(smoothed)
+        self._before = None if before is None else _float32(before)
         self._step = step
         self._rates = [_float32(rate) for rate in rates]
 
     def _move(self, rate: Tensor) -> None:
-        before = rate if self._smoothed is None else _beside(rate, self._smoothed)
-        self._smoothed = before.lerp(rate, 1 - _MEMORY)
-        error = self._error(self._smoothed)
+        before = rate if self._before is None else _beside(rate, self._before)
+        self._before = rate
+        error = self._error(rate)
         step = self.speed * error.clamp(-1, 1) + _DAMPING * (error - self._error(before))
         moved = _beside(rate, self._log_beta) + step
         self._log_beta = moved.clamp(*(math.log(bound) for bound in self.bounds))

@@ -113,17 +113,17 @@ class Controller:
 
     def __init__(self, target: TargetRate) -> None:
         self.target, self.log_beta = target, math.log(target.start)
-        self.smoothed: float | None = None
+        self.before: float | None = None
         self.step, self.rates = 0, list[float]()
 
     def observe(self, step: int, rate: float) -> None:
         if self.rates and step != self.step:
             mean = sum(self.rates) / len(self.rates)
-            before = mean if self.smoothed is None else self.smoothed
-            self.smoothed = 0.9 * before + 0.1 * mean
-            error, change = self.error(self.smoothed), 0.0
+            before = mean if self.before is None else self.before
+            self.before = mean
+            error, change = self.error(mean), 0.0
             change = error - self.error(before)
-            self.log_beta += self.target.speed * min(1.0, max(-1.0, error)) + 5 * change
+            self.log_beta += self.target.speed * min(1.0, max(-1.0, error)) + 3 * change
             low, high = (math.log(bound) for bound in self.target.bounds)
             self.log_beta = min(high, max(low, self.log_beta))
             self.rates = []

@@ -398,11 +398,11 @@ class TestSchedule:
             ({"step": "3"}, "step must be an int of 0 or more, got '3'"),
             ({"alpha": None}, "has step, beta, alpha, prior, free_nats, got .*: it is damaged"),
             (None, "has step, beta, alpha, prior, free_nats, got 'half a': it is damaged"),
-            ({"target_rate": {}}, "has log_beta, smoothed, step and rates, .*: it is damaged"),
+            ({"target_rate": {}}, "has log_beta, before, step and rates, .*: it is damaged"),
             ({"target_rate": "half a"}, "got 'half a': it is damaged"),
             ({"target_rate": {"log_beta": math.nan}}, "all finite, got .*nan"),
             ({"target_rate": {"rates": [1.0, math.inf]}}, "all finite, got .*inf"),
-            ({"target_rate": {"smoothed": "3"}}, "all finite, got .*'3'"),
+            ({"target_rate": {"before": "3"}}, "all finite, got .*'3'"),
             ({"target_rate": {"step": 1.5}}, r"all finite, got .*1\.5"),
         ],
     )
