@@ -96,7 +96,8 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
             {"method": "dino"},
             done=steps_done,
             epoch=STEPS,
-            in_writing=(["half", 1], ["half", 2], ["before", 1], ["after", 1]),
+            # After the fourth: within the run with CLIMB.
+            in_writing=(["after", 4], ["half", 1], ["half", 2], ["before", 1]),
         )
     print("\n".join(lines))
     assert len(lines) == kills.KILLS + 4
