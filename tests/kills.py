@@ -99,7 +99,7 @@ class Runs:
             done: How many optimiser steps are in what the next start goes on from.
             epoch: Steps between two checkpoints.
             in_writing: Values of the option ``die``, each of which must kill the training while
-                it writes a checkpoint; one after the other they stand for a kill.
+                it writes a checkpoint; the first is the first kill, the others come among the rest.
             kills: How many at random moments, besides these.
             seed: Of the moments.
 
@@ -112,8 +112,9 @@ class Runs:
         lines: list[str] = []
         # Told apart from the others so that a chain of lives has some of both.
         drawn = random.Random(seed)
-        planned: list[Any] = [None] * kills + list(in_writing)
+        planned: list[Any] = [None] * kills + list(in_writing[1:])
         drawn.shuffle(planned)
+        planned.insert(0, in_writing[0])
         for chain in itertools.count():
             here = folder / f"chain{chain}"
             here.mkdir()
