@@ -277,9 +277,9 @@ print(f"chosen: beta {chosen:g}")
 
 # %% [markdown]
 # Only now the test images, for this beta and for the plain twins; nothing is chosen after this.
-# (In the stored run the chosen beta loses about one point there, on features and embedding: what
-# 300 images and three seeds call free, 450 other images need not. That is the resolution of this
-# study; with more images and seeds, or a smaller beta, one is safer.)
+# If no beta is free, it is the smallest. Mind the resolution of this study: the differences above
+# are a few of 300 images, so this notebook may well choose another beta on another machine. Before
+# you rely on a choice, take more images and more seeds.
 
 # %%
 tested = {
@@ -357,7 +357,7 @@ plt.show()
 # %% [markdown]
 # In so short a training the targets are neared, not all met: the learning rate decays to 0, and
 # after that nothing moves, whatever beta is. So the points are drawn at the rates that they had,
-# and the dashed lines show what was asked for; 40 nats were met, 10 were not.
+# and the dashed lines show what was asked for.
 #
 # Do both lie on one curve? The curve of a seed's beta sweep is interpolated (over the logarithm of
 # the rate) at the rates of the same seed's target runs: how far above it are these, in points?
