@@ -222,6 +222,7 @@ class _OptimizerWatch:
     def __call__(self) -> None:
         bias = self._parameters[1]
         if not bias.requires_grad:  # frozen by the user
+            self._versions = None
             return
         if self._handle is None:
             self._handle = bias.register_hook(self._after_backward)

@@ -27,13 +27,15 @@ class DeferredFlags:
         """
         if not flags.is_cuda:
             return _indices(flags)
-        if self._flags is not None and self._flags.device == flags.device:
-            flags = flags | self._flags
-        self._flags = flags
         known: list[int] = []
         if self._copied is not None and self._copy is not None and self._copied.query():
             known = _indices(self._copy)
             self._copied = None
+            if known:  # said once: a host that skips the batch goes on
+                self._flags = None
+        if self._flags is not None and self._flags.device == flags.device:
+            flags = flags | self._flags
+        self._flags = flags
         if self._copied is None:
             self._copy = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
             self._copy.copy_(flags, non_blocking=True)

@@ -47,8 +47,17 @@ def tied(value: Tensor) -> list[Any]:
         >>> tied(sample.sum()), tied(sample.detach().sum())
         (['posterior'], [])
     """
+    return _search([value.grad_fn])
+
+
+def tied_before(value: Tensor) -> list[Any]:
+    """What was tied to the nodes that the node of ``value`` depends on, but not to that itself."""
+    node = value.grad_fn
+    return [] if node is None else _search([parent for parent, _ in node.next_functions])
+
+
+def _search(stack: list[Node | None]) -> list[Any]:
     found = []
-    stack = [value.grad_fn]
     seen = set(stack)
     while stack:
         node = stack.pop()

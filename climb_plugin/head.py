@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from weakref import ReferenceType, ref
 
 import torch
@@ -21,7 +21,7 @@ from climb_plugin.gaussian import (
     bound_logvar,
     unbound_logvar,
 )
-from climb_plugin.graph import tie, tied
+from climb_plugin.graph import tie, tied, tied_before
 from climb_plugin.noise import NoiseStream
 
 # How many forward calls back a checkpointed forward can be recognised when it runs again.
@@ -54,14 +54,25 @@ class _Claim(NamedTuple):
 
 def records_of(value: Tensor) -> list[Record]:
     """The posteriors of all samples that ``value`` depends on, up to the nearest heads."""
+    return _resolved(tied(value))
+
+
+def records_before(record: Record) -> list[Record]:
+    """The posteriors of the samples that a posterior was computed from."""
+    # All that was compiled in one piece with it is tied to one node, and known already.
+    return _resolved(tied_before(record.posterior.logvar))
+
+
+def _resolved(items: list[Any]) -> list[Record]:
     records = []
-    for item in tied(value):
+    for item in items:
         record = item
         if isinstance(item, _Claim):
             head = item.head()
-            record = None if head is None else head.kept(item.call)
-        if record is not None:
-            records.append(record)
+            if head is None:
+                continue
+            record = head.kept(item.call)
+        records.append(record)
     return records
 
 
@@ -150,6 +161,7 @@ class GaussianHead(nn.Module):
         self._order = itertools.count()
         self._shelf = Shelf()
         self._kept: OrderedDict[int, Record] = OrderedDict()
+        self._done = -1  # the last of these whose backward has run
         self._compiled_noise = Noise(self)
 
     def forward(self, embedding: Tensor) -> Tensor:
@@ -199,29 +211,44 @@ class GaussianHead(nn.Module):
         """Takes the posteriors that compiled code has left, now that they have their graph.
 
         They are outputs of the node that they shall be found by, so it cannot hold them: that
-        would be a cycle through C++, which nothing frees. The head does, until that node's
-        backward has run.
+        would be a cycle through C++, which nothing frees. The head does, until a forward that
+        follows the backward through it or through a later one.
         """
         for posterior in self._shelf.take():
             record = self._record(posterior)
-            # The mean may be what went into the compiled code: its node may be another one.
-            node = posterior.logvar.grad_fn
+            # The mean may be what went into the compiled code, with a node of its own. Where the
+            # logvar is frozen, it was computed there.
+            output = posterior.mean if posterior.logvar.grad_fn is None else posterior.logvar
+            node = output.grad_fn
             if node is None:
                 continue
             claim = _Claim(ref(self), record.call)
-            tie(claim, to=posterior.logvar)
-            node.register_hook(lambda *_, claim=claim: _drop(claim))
+            tie(claim, to=output)
+            node.register_hook(lambda *_, claim=claim: _done(claim))
             self._kept[record.call] = record
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
 
-    def kept(self, call: int) -> Record | None:
-        """A record of compiled code, until the backward through it has run."""
-        return self._kept.get(call)
+    def kept(self, call: int) -> Record:
+        """A record of compiled code.
+
+        Raises:
+            RuntimeError: If it is gone.
+        """
+        if call not in self._kept:
+            raise RuntimeError(
+                f"a posterior of compiled code is gone that this loss depends on: {_KEPT} are kept "
+                "until their backward. Call the loss after fewer calls of the head, in larger "
+                "batches, or do not compile the head."
+            )
+        return self._kept[call]
 
     def draw(self, embedding: Tensor) -> Tensor:
         """The noise of the next sample: shape (..., B, out_features), float32 or float64."""
         self.collect()
+        if not _in_backward():
+            for old in [call for call in self._kept if call <= self._done]:
+                del self._kept[old]
         for watch in tuple(self.before_draw):
             watch()
         call = self._replayed_call(embedding)
@@ -267,8 +294,12 @@ class GaussianHead(nn.Module):
         if not _in_backward():
             return None
         fingerprint = _fingerprint(embedding)
-        for call, known in reversed(self._calls):
+        for index in reversed(range(len(self._calls))):
+            call, known = self._calls[index]
             if known.shape == fingerprint.shape and torch.equal(known, fingerprint):
+                # Backward runs last calls first: of two alike, the next to run is the earlier.
+                self._calls.appendleft((call, known))
+                del self._calls[index + 1]
                 return call
         raise RuntimeError(
             "a checkpointed forward ran again with another embedding than the first time, so its "
@@ -312,7 +343,7 @@ class GaussianHead(nn.Module):
         self.noise.drawn = (drawn_high << 32) + drawn_low
 
     def __getstate__(self) -> dict[str, object]:
-        running = ("_calls", "_order", "_shelf", "_kept", "_compiled_noise")
+        running = ("_calls", "_order", "_shelf", "_kept", "_done", "_compiled_noise")
         return {name: value for name, value in self.__dict__.items() if name not in running}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -320,10 +351,10 @@ class GaussianHead(nn.Module):
         self._start()
 
 
-def _drop(claim: _Claim) -> None:
+def _done(claim: _Claim) -> None:
     head = claim.head()
     if head is not None:
-        head._kept.pop(claim.call, None)
+        head._done = max(head._done, claim.call)
 
 
 class TeacherHead(GaussianHead):

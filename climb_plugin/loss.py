@@ -15,7 +15,14 @@ from climb_plugin.collapse import CollapseWatch
 from climb_plugin.compiled import eager
 from climb_plugin.finite import FiniteCheck
 from climb_plugin.gaussian import conditional_entropy
-from climb_plugin.head import GaussianHead, Posterior, Record, TeacherHead, records_of
+from climb_plugin.head import (
+    GaussianHead,
+    Posterior,
+    Record,
+    TeacherHead,
+    records_before,
+    records_of,
+)
 from climb_plugin.prior import make_priors, per_sample
 from climb_plugin.ranks import averaged, joining, several
 from climb_plugin.schedule import (
@@ -285,7 +292,7 @@ class ClimbLoss(nn.Module):
             if {id(head) for head in self._heads} <= {head for head, _ in found}:
                 break
             # A head may sit upstream of another one (features and projection).
-            upstream = [r for record in frontier for r in records_of(record.posterior.logvar)]
+            upstream = [r for record in frontier for r in records_before(record)]
             frontier = [r for r in upstream if (id(r.head), r.call) not in found]
         return sorted(found.values(), key=lambda record: record.call)
 
@@ -453,8 +460,9 @@ def _detached(
     total: Tensor, base: Tensor, rate: Tensor, entropy: Tensor, beta: float | Tensor
 ) -> ClimbTerms:
     return ClimbTerms(
-        total.detach(),
-        base.detach(),
+        # Copies: what the caller does to the value in place is not done to these.
+        total.detach().clone(),
+        base.detach().clone(),
         rate.detach(),
         entropy.detach(),
         beta if isinstance(beta, Tensor) else torch.tensor(beta, dtype=torch.float64),

@@ -188,8 +188,9 @@ class TargetRate:
     rate fall far too low. It is the smoothed rate that arrives: single batches scatter about it,
     and beta with them. (To smooth the rate first delays the answer, and makes both swing.)
 
-    Beta stays on the device. With several ranks the rate is averaged over them, by one
-    all-reduce of a scalar in every call of the loss, so beta is the same on all.
+    It belongs to one loss, whose rate it sees. Beta stays on the device. With several ranks the
+    rate is averaged over them, by one all-reduce of a scalar in every call of the loss, so beta is
+    the same on all.
 
     A base loss may want fewer nats than the target: then beta goes to its lower bound. If the
     rate swings about the target instead of settling, the training is too slow for ``speed``:
@@ -246,7 +247,8 @@ class TargetRate:
         self._rates: list[Tensor] = []
 
     def __call__(self, step: int) -> Tensor:
-        """Beta now, a scalar on the device of the rates; ``step`` makes no difference."""
+        """Beta at this step, a scalar on the device of the rates seen before."""
+        self._end_before(step)
         return self._log_beta.exp().clamp(*self.bounds)
 
     def observe(self, step: int, rate: Tensor) -> None:
@@ -256,9 +258,7 @@ class TargetRate:
             step: The optimiser step. The rates of one step are averaged.
             rate: A scalar in nats, on this rank.
         """
-        if self._rates and step != self._step:
-            self._move(torch.stack([_beside(rate, seen) for seen in self._rates]).mean())
-            self._rates = []
+        self._end_before(step)
         self._step = step
         # Averaged over the ranks at once: a checkpoint of one rank is then right for all.
         self._rates.append(_mean_over_ranks(rate.detach().float()))
@@ -293,6 +293,12 @@ class TargetRate:
         self._before = None if before is None else _float32(before)
         self._step = step
         self._rates = [_float32(rate) for rate in rates]
+
+    def _end_before(self, step: int) -> None:
+        if self._rates and step != self._step:
+            last = self._rates[-1]
+            self._move(torch.stack([_beside(last, seen) for seen in self._rates]).mean())
+            self._rates = []
 
     def _move(self, rate: Tensor) -> None:
         before = rate if self._before is None else _beside(rate, self._before)

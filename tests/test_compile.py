@@ -242,11 +242,67 @@ def test_nothing_survives_the_backward() -> None:
         alive += [weakref.ref(record.posterior.mean) for record in net.head._kept.values()]
         assert len(net.head._kept) == 2
         total.backward()
-        assert not net.head._kept
         del one, two, total
+    model(*torch.randn(2, 6, WIDTH))
     gc.collect()
     assert len(alive) == 6
     assert [tensor() for tensor in alive] == [None] * 6
+
+
+def test_outputs_that_are_not_trained_on_go_with_the_step() -> None:
+    net = make(Net)
+    loss = ClimbLoss(distance, heads=net.head, beta=0.1)
+    model = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for _ in range(5):
+        target = model(torch.ones(2, WIDTH)).detach()
+        loss(model(torch.ones(2, WIDTH)), target).backward()
+    net.head.collect()
+    assert len(net.head._kept) <= 2
+
+
+def test_more_posteriors_than_are_kept_are_an_error() -> None:
+    net = make(Net)
+    loss = ClimbLoss(lambda *views: torch.cat(views).mean(), heads=net.head, beta=0.1)
+    model = torch.compile(net, fullgraph=True, backend="aot_eager")
+    views = [model(torch.ones(2, WIDTH)) for _ in range(65)]
+    with pytest.raises(RuntimeError, match="64 are kept"):
+        loss(*views)
+    assert loss(*views[1:]) > 0
+
+
+def test_a_second_loss_after_the_backward_of_the_first() -> None:
+    net = make(Net)
+    first, second = (ClimbLoss(torch.mean, heads=net.head, beta=beta) for beta in (0.1, 0.2))
+    out = torch.compile(net, fullgraph=True, backend="aot_eager")(torch.ones(2, WIDTH))
+    first(out).backward(retain_graph=True)
+    second(out).backward()
+    assert torch.equal(first.terms.rate, second.terms.rate)
+
+
+def test_a_frozen_logvar() -> None:
+    head = GaussianHead(WIDTH, 4)
+    head.logvar.requires_grad_(False)
+    loss = ClimbLoss(torch.mean, heads=head, beta=0.1)
+    loss(torch.compile(head, fullgraph=True, backend="aot_eager")(torch.ones(2, WIDTH))).backward()
+    assert loss.terms.rate > 0
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
+def test_heads_in_a_row_each_compiled_for_itself(which: tuple[int, ...]) -> None:
+    def run(compiled: tuple[int, ...]) -> list[Tensor]:
+        torch.manual_seed(0)
+        heads = [GaussianHead(WIDTH, seed=seed) for seed in range(2)]
+        parts: list[Any] = [nn.Sequential(nn.Linear(WIDTH, WIDTH), head) for head in heads]
+        for index in compiled:
+            parts[index] = torch.compile(parts[index], fullgraph=True, backend="aot_eager")
+        loss = ClimbLoss(torch.mean, heads=heads, beta=0.1)
+        loss(parts[1](parts[0](torch.ones(2, WIDTH)))).backward()
+        gradients = [head.logvar.bias.grad for head in heads]
+        return [loss.terms.rate, *(grad for grad in gradients if grad is not None)]
+
+    expected = run(())
+    assert len(expected) == 3
+    torch.testing.assert_close(run(which), expected)
 
 
 def test_outputs_that_no_loss_takes_do_not_pile_up() -> None:

@@ -116,7 +116,7 @@ class Controller:
         self.before: float | None = None
         self.step, self.rates = 0, list[float]()
 
-    def observe(self, step: int, rate: float) -> None:
+    def beta(self, step: int) -> float:
         if self.rates and step != self.step:
             mean = sum(self.rates) / len(self.rates)
             before = mean if self.before is None else self.before
@@ -127,6 +127,10 @@ class Controller:
             low, high = (math.log(bound) for bound in self.target.bounds)
             self.log_beta = min(high, max(low, self.log_beta))
             self.rates = []
+        return math.exp(self.log_beta)
+
+    def observe(self, step: int, rate: float) -> None:
+        self.beta(step)
         self.step = step
         self.rates.append(rate)
 
@@ -267,7 +271,7 @@ class Training(RuleBasedStateMachine):
 
     def beta(self) -> float:
         if self.controller is not None:
-            return math.exp(self.controller.log_beta)
+            return self.controller.beta(self.steps)
         return ramp(self.schedule, self.steps)
 
     def check(self, seen: list[Seen]) -> Tensor:

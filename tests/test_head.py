@@ -5,6 +5,7 @@ import gc
 import io
 import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -254,3 +255,17 @@ class TestWrongInput:
         with pytest.raises(ValueError, match=r"empty batch, got shape \(0, 6\)"):
             GaussianHead(6)(torch.zeros(0, 6))
         assert GaussianHead(6).eval()(torch.zeros(0, 6)).shape == (0, 6)
+
+
+def test_checkpointed_calls_of_one_embedding_repeat_each_its_own_noise() -> None:
+    def gradient(call: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        head = GaussianHead(4, seed=0)
+        view = torch.ones(2, 4, requires_grad=True)
+        one, two = call(head, view), call(head, view)
+        (one + 2 * two).square().sum().backward()
+        grad = head.logvar.bias.grad
+        assert grad is not None
+        return grad
+
+    again = gradient(lambda head, view: checkpoint(head, view, use_reentrant=False))
+    torch.testing.assert_close(again, gradient(lambda head, view: head(view)))
