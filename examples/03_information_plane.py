@@ -238,9 +238,9 @@ plt.show()
 # little for k-NN. It is not better there either: no beta gains more over the twins than its spread.
 # Then a knee: at beta 0.1, with 7 nats, the embedding has lost about two points, and the base loss
 # has risen by 1. At beta 1 it is near the loss of the untrained network, which means that the rate
-# is about to win over the task. The features lose less than the embedding, as they lie before the
-# Gaussian; and the untrained network shows how little of their accuracy is learned at all on data
-# as easy as these. On your own data expect another curve.
+# is about to win over the task. There the features lose less than the embedding, as they lie before
+# the Gaussian; and the untrained network shows how little of their accuracy is learned at all on
+# data as easy as these. On your own data expect another curve.
 #
 # ## 3. Choosing beta
 #
@@ -445,7 +445,8 @@ plt.show()
 # about the target, halve `speed`; and where the length of a training allows no search, start from a
 # beta that a sweep like the one above has shown to be near.
 #
-# **To take home.** On these data CLIMB removes half of the nats without a loss that three seeds
-# could show, and no beta gains accuracy. Choose beta before the end of the flat part, on validation
-# images; if all of it is flat, that says that k-NN does not need those nats, not that the beta is a
-# good one. To compare losses, or to carry a choice over to another one, use a target rate.
+# **To take home.** On these data half of the nats can go at a cost of less than a point, which
+# three seeds hardly tell from none, and no beta gains accuracy. Choose beta before the end of the
+# flat part, on validation images; if all of it is flat, that says that k-NN does not need those
+# nats, not that the beta is a good one. To compare losses, or to carry a choice over to another
+# one, use a target rate.
