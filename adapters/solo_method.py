@@ -156,9 +156,10 @@ class ClimbMethod:
         warn_of_changes(None if saved is None else saved["keys"], now)
         if saved is not None and now is not None:
             self._climb_frozen = saved["host"]
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "CLIMB's .* was")  # warn_of_changes said it
-                self._climb[0].load_climb_state(saved["loss"])
+            if "loss" in saved:  # not before there were target rates
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "CLIMB's .* was")  # warn_of_changes said it
+                    self._climb[0].load_climb_state(saved["loss"])
         elif now is not None:
             self._climb_grown = checkpoint
 

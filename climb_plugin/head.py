@@ -237,9 +237,9 @@ class GaussianHead(nn.Module):
         """
         if call not in self._kept:
             raise RuntimeError(
-                f"a posterior of compiled code is gone that this loss depends on: {_KEPT} are kept "
-                "until their backward. Call the loss after fewer calls of the head, in larger "
-                "batches, or do not compile the head."
+                f"a posterior of compiled code that this loss depends on is gone: {_KEPT} are "
+                "kept, until the forward after a backward through them or later ones. Call the "
+                "loss and backward after fewer calls of the head, or do not compile the head."
             )
         return self._kept[call]
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from climb_plugin.ranks import several
+
 # Of a target rate: weight of the change of the error, and the rate in nats below which all rates
 # count as equal.
 _DAMPING = 3.0
@@ -324,7 +326,7 @@ def _float32(value: float) -> Tensor:
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several():
         value = value.clone()
         dist.all_reduce(value)
         return value / dist.get_world_size()
@@ -355,9 +357,7 @@ def checked_beta(name: str, value: float) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative, got {value}.")
-    return float(value)
+    return checked_number(name, value)
 
 
 def checked_number(name: str, value: float) -> float:

@@ -152,6 +152,22 @@ def test_resuming_goes_on_to_a_target_rate(methods: dict[str, Any], tmp_path: Pa
     assert model.climb.climb_state() == resumed.climb.climb_state()
 
 
+def test_a_checkpoint_from_before_target_rates_goes_on(
+    methods: dict[str, Any], tmp_path: Path
+) -> None:
+    def cfg() -> Any:
+        return runs.config("dino", epochs=2, climb_beta=0.1)
+
+    path = tmp_path / "first.ckpt"
+    _, _, whole = runs.train(methods["dino"], cfg(), SaveFirst(path))
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint["climb_plugin"]["loss"]
+    del checkpoint["climb_plugin"]["keys"]["climb_target_rate"]
+    torch.save(checkpoint, path)
+    _, _, rest = runs.train(methods["dino"], cfg(), resume=path)
+    assert rest == whole[2:]
+
+
 def test_a_plain_checkpoint_goes_on_with_climb(
     methods: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
