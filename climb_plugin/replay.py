@@ -33,23 +33,18 @@ class Held:
     def __init__(self, values: Sequence[Tensor], checkpoint: Node) -> None:
         self.values = tuple(value.detach() for value in values)
         self._checkpoint = ref(checkpoint)
-        self._gradients: list[Sequence[Tensor | None]] = []
+        self._gradients: list[Sequence[Tensor]] = []
 
     @property
     def checkpoint(self) -> Node | None:
         """The node of the checkpoint, as long as its graph lives."""
         return self._checkpoint()
 
-    @property
-    def waits(self) -> bool:
-        """Whether there is a gradient that no second run has taken."""
-        return bool(self._gradients)
-
-    def add(self, gradients: Sequence[Tensor | None]) -> None:
+    def add(self, gradients: Sequence[Tensor]) -> None:
         """Keeps a gradient for the second run."""
         self._gradients.append(gradients)
 
-    def take(self) -> list[Sequence[Tensor | None]]:
+    def take(self) -> list[Sequence[Tensor]]:
         """What was added since the last time."""
         taken, self._gradients = self._gradients, []
         return taken
@@ -59,7 +54,7 @@ class Held:
         fresh = [value.view_as(value) for value in values]  # a hook on what is not ours would stay
         for gradients in self.take():
             for value, gradient in zip(fresh, gradients, strict=True):
-                if gradient is not None and value.requires_grad:
+                if value.requires_grad:
                     value.register_hook(gradient.add)
         return fresh
 
@@ -96,14 +91,11 @@ class _Join(Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, held: Sequence[Held]) -> tuple[Tensor, ...]:
         ctx.held = held
-        ctx.set_materialize_grads(False)
         values = [value for one in held for value in one.values]
         return base.view_as(base), *(value.view_as(value) for value in values)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor | None, *grads: Tensor | None
-    ) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor, *grads: Tensor) -> tuple[Tensor, None]:
         # Else the checkpoint refuses to run, if it is asked to at all.
         if torch.autograd._is_checkpoint_valid():
             grads_left = iter(grads)
@@ -116,9 +108,7 @@ class _Join(Function):
 
 
 def _check_taken(held: Sequence[Held]) -> None:
-    missing = sum(one.waits for one in held)
-    for one in held:
-        one.take()
+    missing = sum(bool(one.take()) for one in held)
     if missing:
         raise RuntimeError(
             f"the gradient of {missing} posteriors is lost: a GaussianHead was called in the first "

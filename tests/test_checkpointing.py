@@ -271,6 +271,30 @@ def test_a_frozen_variance() -> None:
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-6)
 
 
+def with_an_input(function: Call, run: Call) -> Tensor:
+    """``function()``, checkpointed; the input is what a reentrant checkpoint wants."""
+    out: Tensor = run(lambda one: function() * one, torch.ones((), requires_grad=True))
+    return out
+
+
+@pytest.mark.parametrize("what", ["mean", "logvar"])
+def test_a_leaf_and_a_constant_as_embedding(what: str) -> None:
+    """The head's mean is a parameter of somebody else's, or nothing that is trained."""
+
+    def gradients_of(run: Call) -> list[Tensor]:
+        head = GaussianHead(WIDTH, None if what == "mean" else 4, seed=1)
+        if head.mean is not None:
+            head.mean.load_state_dict({"weight": torch.ones(4, WIDTH), "bias": torch.ones(4)})
+            head.mean.requires_grad_(False)
+        embedding = nn.Parameter(views()[0].detach(), requires_grad=what == "mean")
+        loss = ClimbLoss(torch.mean, heads=head, beta=0.3)
+        for _ in range(3):
+            loss(with_an_input(lambda: head(embedding), run)).backward()
+        return [p.grad for p in (embedding, *head.parameters()) if p.grad is not None]
+
+    torch.testing.assert_close(gradients_of(reentrant), gradients_of(plain))
+
+
 @pytest.mark.parametrize("kind", [Net, Both])
 def test_autocast(kind: type[Net]) -> None:
     def gradients_of(run: Call) -> list[Tensor]:
@@ -375,6 +399,26 @@ def test_a_forward_that_is_not_repeatable_is_an_error() -> None:
     total = make_loss(net)(out, out.detach())
     with pytest.raises(RuntimeError, match="with another embedding than the first time"):
         total.backward()
+
+
+class Doubled(torch.autograd.Function):
+    """Runs what it is given without gradients, and never again."""
+
+    @staticmethod
+    def forward(ctx: Any, head: nn.Module, view: Tensor) -> Tensor:
+        out: Tensor = 2 * view + 0 * head(view)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, 2 * gradient
+
+
+def test_a_function_that_is_no_checkpoint_has_no_posteriors() -> None:
+    head = GaussianHead(WIDTH)
+    loss = ClimbLoss(torch.mean, heads=head, beta=0.1)
+    with pytest.raises(RuntimeError, match="depends on no sample"):
+        loss(Doubled.apply(head, views()[0]))
 
 
 def test_compiled_code_in_it_is_refused() -> None:
