@@ -381,7 +381,7 @@ class GaussianHead(nn.Module):
         self.noise.drawn = (drawn_high << 32) + drawn_low
 
     def __getstate__(self) -> dict[str, object]:
-        running = ("_calls", "_order", "_shelf", "_kept", "_done", "_compiled_noise")
+        running = ("_calls", "_held", "_order", "_shelf", "_kept", "_done", "_compiled_noise")
         return {name: value for name, value in self.__dict__.items() if name not in running}
 
     def __setstate__(self, state: dict[str, object]) -> None:
