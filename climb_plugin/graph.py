@@ -28,8 +28,13 @@ def tie(item: object, *, to: Tensor) -> None:
     """
     if to.grad_fn is None:
         raise ValueError("the tensor has no grad_fn, so nothing can be tied to its graph.")
-    # All that was compiled together has one node.
-    _metadata(to.grad_fn).setdefault(_KEY, []).append(item)
+    tie_to_node(item, to.grad_fn)
+
+
+def tie_to_node(item: object, node: Node) -> None:
+    """Makes ``node`` hold ``item``, beside what it holds already."""
+    # All that was compiled together has one node, and so has all that was checkpointed together.
+    _metadata(node).setdefault(_KEY, []).append(item)
 
 
 def tied(value: Tensor) -> list[Any]:
@@ -50,9 +55,8 @@ def tied(value: Tensor) -> list[Any]:
     return _search([value.grad_fn])
 
 
-def tied_before(value: Tensor) -> list[Any]:
-    """What was tied to the nodes that the node of ``value`` depends on, but not to that itself."""
-    node = value.grad_fn
+def tied_before(node: Node | None) -> list[Any]:
+    """What was tied to the nodes that ``node`` depends on, but not to that itself."""
     return [] if node is None else _search([parent for parent, _ in node.next_functions])
 
 

@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
-from weakref import ReferenceType, ref
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from climb_plugin.gaussian import (
     bound_logvar,
     unbound_logvar,
 )
-from climb_plugin.graph import tie, tied, tied_before
+from climb_plugin.graph import tie, tie_to_node, tied, tied_before
 from climb_plugin.noise import NoiseStream
+from climb_plugin.replay import Held, first_run, join
 
 # How many forward calls back a checkpointed forward can be recognised when it runs again.
 _REPLAYABLE_CALLS = 256
@@ -38,11 +39,15 @@ class Posterior(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A posterior, the head that made it, and its place among that head's posteriors."""
+    """A posterior, the head that made it, and its place among that head's posteriors.
+
+    ``held``: of the first run of a reentrant checkpoint, where the posterior has no graph.
+    """
 
     head: GaussianHead
     call: int
     posterior: Posterior
+    held: Held | None = None
 
 
 class _Claim(NamedTuple):
@@ -60,7 +65,21 @@ def records_of(value: Tensor) -> list[Record]:
 def records_before(record: Record) -> list[Record]:
     """The posteriors of the samples that a posterior was computed from."""
     # All that was compiled in one piece with it is tied to one node, and known already.
-    return _resolved(tied_before(record.posterior.logvar))
+    node = record.posterior.logvar.grad_fn if record.held is None else record.held.checkpoint
+    return _resolved(tied_before(node))
+
+
+def joined(base: Tensor, calls: list[list[Record]]) -> tuple[Tensor, list[list[Posterior]]]:
+    """``base``, and the posteriors of ``calls``, such that a penalty on them trains the heads."""
+    held = [r.held for records in calls for r in records if r.held is not None]
+    if not held:
+        return base, [[r.posterior for r in records] for records in calls]
+    base, values = join(base, held)
+    fresh = iter(values)
+    return base, [
+        [r.posterior if r.held is None else Posterior(*next(fresh)) for r in records]
+        for records in calls
+    ]
 
 
 def _resolved(items: list[Any]) -> list[Record]:
@@ -158,6 +177,7 @@ class GaussianHead(nn.Module):
     def _start(self) -> None:
         """What only a running process needs; neither copied nor saved."""
         self._calls: deque[tuple[int, Tensor]] = deque(maxlen=_REPLAYABLE_CALLS)
+        self._held: WeakValueDictionary[int, Held] = WeakValueDictionary()
         self._order = itertools.count()
         self._shelf = Shelf()
         self._kept: OrderedDict[int, Record] = OrderedDict()
@@ -245,6 +265,10 @@ class GaussianHead(nn.Module):
 
     def draw(self, embedding: Tensor) -> Tensor:
         """The noise of the next sample: shape (..., B, out_features), float32 or float64."""
+        return self._draw(embedding)[1]
+
+    def _draw(self, embedding: Tensor) -> tuple[int, Tensor]:
+        """The number of this call, a second run's being that of the first, and its noise."""
         self.collect()
         if not _in_backward():
             for old in [call for call in self._kept if call <= self._done]:
@@ -258,12 +282,13 @@ class GaussianHead(nn.Module):
             self._calls.append((call, _fingerprint(embedding)))
         else:
             generator = self.noise.at(call, embedding.device)
-        return torch.randn(
+        noise = torch.randn(
             (*embedding.shape[:-1], self.out_features),
             generator=generator,
             dtype=torch.float64 if embedding.dtype == torch.float64 else torch.float32,
             device=embedding.device,
         )
+        return call, noise
 
     def _sample(self, embedding: Tensor) -> Tensor:
         posterior = self.posterior(embedding)
@@ -278,13 +303,26 @@ class GaussianHead(nn.Module):
             if sample.requires_grad:
                 self._shelf.put(posterior)
         else:
-            sample = fused.sample(*posterior, self.draw(embedding))
+            call, noise = self._draw(embedding)
+            held = self._held.get(call)
+            if held is not None and torch.is_grad_enabled():
+                posterior = Posterior(*held.give(posterior))
+            sample = fused.sample(*posterior, noise)
             if sample.grad_fn is not None:
                 tie(self._record(posterior), to=sample)
+            elif not torch.is_grad_enabled() and not _in_backward():
+                self._hold(call, posterior)
         return sample.to(embedding.dtype)
 
-    def _record(self, posterior: Posterior) -> Record:
-        return Record(self, next(self._order), posterior)
+    def _record(self, posterior: Posterior, held: Held | None = None) -> Record:
+        return Record(self, next(self._order), posterior, held)
+
+    def _hold(self, call: int, posterior: Posterior) -> None:
+        """Keeps what has no graph yet with the checkpoint that will run it again, if one will."""
+        checkpoint = first_run()
+        if checkpoint is not None:
+            held = self._held[call] = Held(posterior, checkpoint)
+            tie_to_node(self._record(Posterior(*held.values), held), checkpoint)
 
     def _replayed_call(self, embedding: Tensor) -> int | None:
         """The call that activation checkpointing is running again, if it is.
@@ -298,8 +336,8 @@ class GaussianHead(nn.Module):
             call, known = self._calls[index]
             if known.shape == fingerprint.shape and torch.equal(known, fingerprint):
                 # Backward runs last calls first: of two alike, the next to run is the earlier.
+                del self._calls[index]  # first: a full deque would drop its last
                 self._calls.appendleft((call, known))
-                del self._calls[index + 1]
                 return call
         raise RuntimeError(
             "a checkpointed forward ran again with another embedding than the first time, so its "
@@ -343,7 +381,7 @@ class GaussianHead(nn.Module):
         self.noise.drawn = (drawn_high << 32) + drawn_low
 
     def __getstate__(self) -> dict[str, object]:
-        running = ("_calls", "_order", "_shelf", "_kept", "_done", "_compiled_noise")
+        running = ("_calls", "_held", "_order", "_shelf", "_kept", "_done", "_compiled_noise")
         return {name: value for name, value in self.__dict__.items() if name not in running}
 
     def __setstate__(self, state: dict[str, object]) -> None:

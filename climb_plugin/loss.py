@@ -20,6 +20,7 @@ from climb_plugin.head import (
     Posterior,
     Record,
     TeacherHead,
+    joined,
     records_before,
     records_of,
 )
@@ -181,7 +182,7 @@ class ClimbLoss(nn.Module):
     def _plus_bottleneck(self, value: Tensor) -> Tensor:
         base = value.reshape(())
         beta = self._beta()
-        calls = self._posteriors(base)
+        base, calls = joined(base, self._calls(base))
         if not calls:
             nan = base.new_full((), math.nan)
             self._terms = _detached(base, base, nan, nan, beta)
@@ -253,12 +254,12 @@ class ClimbLoss(nn.Module):
         beta = self.schedule(self._step)
         return beta if isinstance(beta, Tensor) else checked_beta("the schedule's beta", beta)
 
-    def _posteriors(self, base: Tensor) -> list[list[Posterior]]:
-        """For each head its posteriors that ``base`` depends on, or nothing in evaluation."""
+    def _calls(self, base: Tensor) -> list[list[Record]]:
+        """For each head its records that ``base`` depends on, or nothing in evaluation."""
         if not self._heads or not torch.is_grad_enabled():
             return []
         records = self._records(base)
-        calls = [[r.posterior for r in records if r.head is head] for head in self._heads]
+        calls = [[r for r in records if r.head is head] for head in self._heads]
         missing = [index for index, views in enumerate(calls) if not views]
         if not missing:
             return calls
@@ -277,8 +278,8 @@ class ClimbLoss(nn.Module):
             )
             + ": in a training step the model's forward must call it before the loss, with "
             "gradients enabled, and its output must reach the loss undetached. Call the module "
-            "that holds it as module(x): module.forward(x) may skip it. Inside "
-            "torch.utils.checkpoint use use_reentrant=False. To evaluate, use torch.no_grad()."
+            "that holds it as module(x): module.forward(x) may skip it. Compiled code inside "
+            "torch.utils.checkpoint needs use_reentrant=False. To evaluate, use torch.no_grad()."
         )
 
     def _records(self, base: Tensor) -> list[Record]:
@@ -289,9 +290,11 @@ class ClimbLoss(nn.Module):
         frontier = records_of(base)
         while frontier:
             found.update({(id(record.head), record.call): record for record in frontier})
-            if {id(head) for head in self._heads} <= {head for head, _ in found}:
+            # A head may sit upstream of another one (features and projection). All heads of a
+            # checkpoint lie on its one node, and say nothing of the views that are in none.
+            complete = {id(head) for head in self._heads} <= {head for head, _ in found}
+            if complete and not any(record.held for record in found.values()):
                 break
-            # A head may sit upstream of another one (features and projection).
             upstream = [r for record in frontier for r in records_before(record)]
             frontier = [r for r in upstream if (id(r.head), r.call) not in found]
         return sorted(found.values(), key=lambda record: record.call)

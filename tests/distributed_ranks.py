@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from climb_plugin import ClimbLoss, GaussianHead
 from climb_plugin.schedule import Linear, Schedule, TargetRate
@@ -23,7 +24,7 @@ TARGET = 8.0  # nats, near the rate of the first steps
 STEPS = 5
 PRIORS = ("standard", "learned", "view")
 SIZES = ("even", "uneven", "weighted")
-WRAPS = ("apart", "unused", "static")
+WRAPS = ("apart", "unused", "static", "checkpoint")
 SHARDED = ("root", "head", "layers")
 
 
@@ -32,9 +33,15 @@ class Net(nn.Module):
         super().__init__()
         self.first = nn.Linear(6, 6)
         self.head = nn.Linear(6, 4) if plain else GaussianHead(6, 4)
+        self.checkpointed = False
 
     def forward(self, *views: Tensor) -> list[Tensor]:
-        return [self.head(self.first(view).tanh()) for view in views]
+        return [self.project(self.first(view).tanh()) for view in views]
+
+    def project(self, embedding: Tensor) -> Tensor:
+        if self.checkpointed:
+            return checkpoint(self.head, embedding, use_reentrant=True)
+        return self.head(embedding)
 
 
 class Step(nn.Module):
@@ -105,7 +112,12 @@ def gradients(
 ) -> dict[str, Any]:
     """The gradients of one optimiser step."""
     step = build(prior)
-    options = {"unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}
+    step.net.checkpointed = wrap == "checkpoint"
+    options = {
+        "unused": {"find_unused_parameters": True},
+        "static": {"static_graph": True},
+        "checkpoint": {"static_graph": True},  # as DDP wants it for reentrant checkpoints
+    }
     if wrap in ("apart", "outside"):
         net: nn.Module = DistributedDataParallel(step.net)
         loss = DistributedDataParallel(step.loss) if wrap == "apart" else step.loss
