@@ -34,7 +34,7 @@ def fused_operation(mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def plain_operation(mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        fused.plain_sample(mean, logvar, None),
+        fused.plain_sample(mean, logvar, torch.randn_like(mean)),
         fused.plain_standard_rate(mean, logvar),
         gaussian.conditional_entropy(mean.detach(), logvar.detach()),
     )

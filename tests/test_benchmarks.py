@@ -1,0 +1,24 @@
+"""What `make bench` compares computes the same. It runs by hand only, so it is called here."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.mark.parametrize("contender", ["fused_operation", "distributions_operation"])
+def test_contenders_agree(monkeypatch: pytest.MonkeyPatch, contender: str) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    operations = importlib.import_module("bench_operation")
+    mean, logvar = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    for result, plain in zip(
+        getattr(operations, contender)(mean, logvar),
+        operations.plain_operation(mean, logvar),
+        strict=True,
+    ):
+        assert result.shape == plain.shape
+        if result.ndim == 1:  # a sample has noise of its own
+            torch.testing.assert_close(result, plain)
