@@ -1,0 +1,1 @@
+"""The parts of examples/cifar10_knn.py."""

@@ -1,0 +1,93 @@
+"""One JSON line for each finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from knn_study.settings import Settings
+from knn_study.training import Measured
+
+Record = dict[str, Any]
+
+
+def make_record(settings: Settings, measured: Measured, *, preset: str, device: str) -> Record:
+    """What is known of a run."""
+    return {
+        "name": settings.name,
+        "preset": preset,
+        "settings": asdict(settings),
+        **asdict(measured),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("climb-plugin", "torch", "lightly", "kornia")},
+        },
+        "revision": _revision(),
+    }
+
+
+def append(record: Record, path: Path) -> None:
+    """Adds a line in one write, so that several processes may: a line is there whole, or not."""
+    data = (json.dumps(record) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a line that was cut short
+            data = b"\n" + data
+        os.write(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> list[Record]:
+    """The records in a file, in their order; none if it is not there.
+
+    Raises:
+        ValueError: If a line is no record; it says which.
+    """
+    records = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+        try:
+            record = json.loads(line)
+            Settings(**record["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"line {number} of {path} is no record of this script ({error}): remove that line"
+            ) from error
+        records.append(record)
+    return records
+
+
+def settings_of(record: Record) -> Settings:
+    """The settings of a run; those that are newer than the record have their defaults."""
+    known = {entry.name for entry in fields(Settings)}
+    return Settings(**{name: v for name, v in record["settings"].items() if name in known})
+
+
+def _processor() -> str:
+    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads a run"
+
+
+def _revision() -> str:
+    """The commit, with '+' if files differ from it; empty outside a checkout."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git
+        return ""
+    return answer.stdout.strip()

@@ -1,0 +1,264 @@
+"""Trains one setting and measures it; stopped at any moment, it goes on from its last epoch."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightly.models.modules import DINOProjectionHead
+from lightly.utils.benchmarking import knn_predict
+from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from climb_plugin import ClimbLoss
+from knn_study.data import Labelled, Parts, RandomViews, normalised
+from knn_study.methods import METHODS, Learner
+from knn_study.regularisers import regularised
+from knn_study.settings import Settings
+
+NEIGHBOURS, TEMPERATURE = 200, 0.1  # of the k-NN: lightly's benchmarks
+
+
+class OutOfTimeError(Exception):
+    """The time is up; the run's checkpoint holds what was done."""
+
+
+@dataclass
+class Measured:
+    """What a run measured: by epoch, or at the epochs in ``epoch``; k-NN in per cent."""
+
+    epoch: list[int] = field(default_factory=list)
+    validation: dict[str, list[float]] = field(default_factory=dict)
+    test: dict[str, float] = field(default_factory=dict)
+    base_loss: list[float] = field(default_factory=list)
+    rate: list[float] = field(default_factory=list)  # nats; empty without posteriors
+    beta: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    images_per_second: float = 0.0  # of training, each counted once whatever its views
+
+
+def train(
+    settings: Settings,
+    parts: Parts,
+    *,
+    device: str,
+    checkpoint: Path,
+    deadline: float = math.inf,
+    bar: bool = True,
+) -> Measured:
+    """Trains from scratch, or from ``checkpoint`` if it is there.
+
+    Args:
+        settings: All that the numbers depend on.
+        parts: The images.
+        device: As torch names it.
+        checkpoint: Replaced after every epoch.
+        deadline: Value of ``time.monotonic()`` from which no further epoch is begun.
+        bar: Whether to show progress.
+
+    Raises:
+        OutOfTimeError: At the deadline.
+        ValueError: If ``checkpoint`` is damaged, or of other settings.
+    """
+    run = _Run(settings, parts, device)
+    done = run.load(checkpoint)
+    steps = settings.epochs * run.steps
+    with tqdm(
+        total=steps, initial=done * run.steps, desc=settings.name, unit="step", disable=not bar
+    ) as progress:
+        for epoch in range(done, settings.epochs):
+            if time.monotonic() > deadline:
+                raise OutOfTimeError
+            run.epoch(epoch, progress)
+            run.save(checkpoint, epoch + 1)
+    return run.measured
+
+
+class _Run:
+    def __init__(self, settings: Settings, parts: Parts, device: str) -> None:
+        self.settings, self.device = settings, device
+        self.cuda = device.startswith("cuda")
+        self.train = parts.train.part(0, settings.images).to(device)
+        self.bank = parts.train.part(0, settings.bank).to(device)
+        self.validation, self.test = parts.validation.to(device), parts.test.to(device)
+        self.steps = len(self.train.labels) // settings.batch
+        if not self.steps:
+            raise ValueError(f"batch={settings.batch} is more than the {settings.images} images")
+        # CLIMB draws its noise from a stream of its own: twins start with the same weights.
+        torch.manual_seed(settings.seed)
+        method = METHODS[settings.method]
+        self.learner = Learner(settings).to(device, memory_format=torch.channels_last)
+        loss = method.loss(settings).to(device)
+        self.criterion = regularised(
+            loss, self.learner, settings, steps=self.steps * settings.epochs
+        )
+        self.optimizer = _make_optimizer(settings, [*self._trained()])
+        total = self.steps * settings.epochs
+        self.decay = CosineWarmupScheduler(self.optimizer, max(1, total // 20), total)
+        self.views = RandomViews(
+            settings, local=settings.local_views if settings.method == "dino" else 0
+        )
+        if self.cuda:
+            self.learner.backbone.compile()
+        self.measured = Measured()
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        yield from (p for p in self.learner.parameters() if p.requires_grad)
+        yield from self.criterion.parameters()  # of a learned prior
+
+    def epoch(self, epoch: int, progress: tqdm[Any]) -> None:
+        settings, measured = self.settings, self.measured
+        # Twins see the same images in the same order, also after a resume.
+        torch.manual_seed(1_000_003 * (settings.seed + 1) + epoch)
+        began = time.perf_counter()
+        self.learner.train()
+        logs: list[Tensor] = []
+        order = torch.randperm(len(self.train.labels), device=self.device)
+        for step, chosen in enumerate(order[: self.steps * settings.batch].split(settings.batch)):
+            done = epoch * self.steps + step
+            self.learner.update_teacher(
+                cosine_schedule(done, settings.epochs * self.steps, settings.momentum, 1)
+            )
+            logs.append(self._step(self.train.images[chosen], epoch))
+            progress.update()
+        means = torch.stack(logs).mean(0).tolist()  # waits for the device, once an epoch
+        took = time.perf_counter() - began
+        measured.base_loss.append(means[0])
+        if len(means) > 1:
+            measured.rate.append(means[1])
+            measured.beta.append(means[2])
+        if not math.isfinite(means[0]):
+            raise FloatingPointError(f"the loss of epoch {epoch + 1} is {means[0]}")
+        last = epoch + 1 == settings.epochs
+        if last or (epoch + 1) % settings.every == 0:
+            measured.epoch.append(epoch + 1)
+            for who, accuracy in self._knn(self.validation).items():
+                measured.validation.setdefault(who, []).append(accuracy)
+            shown = max(values[-1] for values in measured.validation.values())
+            progress.set_postfix_str(f"k-NN {shown:.1f} %")
+        if last:
+            measured.test = self._knn(self.test)
+        measured.seconds += time.perf_counter() - began
+        speed = self.steps * settings.batch / took
+        before = measured.images_per_second
+        measured.images_per_second = max(before, speed)  # the first epoch compiles
+
+    def _step(self, images: Tensor, epoch: int) -> Tensor:
+        """Trains on a batch; returns base loss and, with posteriors, rate and beta."""
+        views = [v.contiguous(memory_format=torch.channels_last) for v in self.views(images)]
+        with torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext():
+            outputs = self.learner(views)
+        outputs = tuple(_in_float32(output) for output in outputs)
+        more = {"epoch": epoch} if self.settings.method == "dino" else {}
+        loss = self.criterion(*outputs, **more)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if isinstance(self.learner.head, DINOProjectionHead):
+            self.learner.head.cancel_last_layer_gradients(epoch)
+        self.optimizer.step()
+        self.decay.step()
+        if not isinstance(self.criterion, ClimbLoss):
+            return loss.detach().view(1)
+        terms = self.criterion.terms
+        return torch.stack([terms.base, terms.rate, terms.beta.to(terms.base)])
+
+    @torch.no_grad()
+    def _knn(self, asked: Labelled) -> dict[str, float]:
+        """On the features of student and teacher, by lightly's protocol; the last epoch counts.
+
+        A head at the features has these as its mean: it has no k-NN of its own.
+        """
+        self.learner.eval()
+        accuracies = {}
+        for who, backbone in (
+            ("student", self.learner.backbone),
+            ("teacher", self.learner.teacher_backbone),
+        ):
+            if backbone is None:
+                continue
+            known = self._features(backbone, self.bank).T.contiguous()
+            correct = 0
+            for features, labels in zip(
+                self._features(backbone, asked).split(1000), asked.labels.split(1000), strict=True
+            ):
+                ranked = knn_predict(
+                    features, known, self.bank.labels, 10, knn_k=NEIGHBOURS, knn_t=TEMPERATURE
+                )
+                correct += int((ranked[:, 0] == labels).sum())
+            accuracies[who] = 100 * correct / len(asked.labels)
+        return accuracies
+
+    def _features(self, backbone: nn.Module, part: Labelled) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext():
+            features = [backbone(normalised(some)).float() for some in part.images.split(500)]
+        return F.normalize(torch.cat(features), dim=1)
+
+    # ---- Checkpoints -----------------------------------------------------------------------------
+
+    def _owners(self) -> dict[str, Any]:
+        owners = (self.learner, self.criterion, self.optimizer, self.decay)
+        return dict(zip(("learner", "criterion", "optimizer", "decay"), owners, strict=True))
+
+    def save(self, path: Path, epochs: int) -> None:
+        """Replaces the file in one step: it is whole at every moment."""
+        state = {
+            "settings": asdict(self.settings),
+            "epochs": epochs,
+            "measured": asdict(self.measured),
+            # MoCo's memory bank is in no state dict.
+            "buffers": dict(self.criterion.named_buffers()),
+            **{name: owner.state_dict() for name, owner in self._owners().items()},
+        }
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def load(self, path: Path) -> int:
+        """The epochs done so far."""
+        if not path.exists():
+            return 0
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            before = state["settings"]
+        except Exception as error:  # of many types, if the file is something else
+            raise ValueError(
+                f"{path} is not a whole checkpoint of this script ({type(error).__name__}): it "
+                "was left as it is; remove it to begin this run anew"
+            ) from error
+        if before != asdict(self.settings):
+            raise ValueError(f"{path} was made with other settings: {before}")
+        for name, owner in self._owners().items():
+            owner.load_state_dict(state[name])
+        for name, buffer in self.criterion.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        self.measured = Measured(**state["measured"])
+        done: int = state["epochs"]
+        return done
+
+
+def _make_optimizer(settings: Settings, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    decay = settings.weight_decay
+    if settings.regulariser == "decay":
+        decay += settings.beta
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(trained, settings.lr, weight_decay=decay)
+    return torch.optim.SGD(trained, settings.lr, momentum=0.9, weight_decay=decay)
+
+
+def _in_float32(output: Any) -> Any:
+    return [view.float() for view in output] if isinstance(output, list) else output.float()
