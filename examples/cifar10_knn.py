@@ -5,7 +5,7 @@ download, or an .npz of JPEGs)::
 
     python examples/cifar10_knn.py --preset cpu --method simclr
     python examples/cifar10_knn.py --preset cpu --method simclr --regulariser climb --beta 1e-3
-    python examples/cifar10_knn.py --summary
+    python examples/cifar10_knn.py --summary --method simclr
 
 Many: a line of FILE holds options, ``#`` begins a comment, and values separated by commas are all
 run, in all combinations. What ``--out`` holds already is not run again, and a run that was stopped
@@ -13,95 +13,92 @@ goes on from its last epoch::
 
     python examples/cifar10_knn.py --preset cpu --sweep FILE --jobs 2 --time-limit 3600
 
+Tables of a report in Markdown, from the JSON lines that it names::
+
+    python examples/cifar10_knn.py --report examples/RESULTS.md
+
 On a GPU, runs use bfloat16 autocast, channels_last and a compiled backbone.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import multiprocessing
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import fields
 from pathlib import Path
 
 import torch
-from knn_study import data, records, report
+from tqdm import tqdm
+
+from knn_study import data, options, records, report
 from knn_study.settings import PRESETS, Settings
 from knn_study.training import OutOfTimeError, train
-from tqdm import tqdm
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs, or summarises; returns the exit code: 1 if the time was up before all was done."""
+    """Runs, or summarises; returns the exit code: 1 if not all that was asked for is done."""
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
+        if args.report:
+            report.rewrite(args.report)
+            return 0
+        runs = [] if args.summary else wanted(args)
+        complete = run_all(runs, args)
         known = records.read(args.out)
-        runs = [] if args.summary else list(wanted(args, parser))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if runs:
-        finished = {record["name"] for record in known}
-        open_runs = [run for run in runs if run.name not in finished]
-        print(f"{len(runs)} runs, {len(runs) - len(open_runs)} of them in {args.out} already")
-        try:
-            complete = run_all(open_runs, args)
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
-        known = records.read(args.out)
+    if args.summary:
+        known = report.matching(known, [options.given(args)])
+    else:
         names = {run.name for run in runs}
         known = [record for record in known if record["name"] in names]
     print(report.table(known))
-    return 0 if not runs or complete else 1
+    if any("teacher" in record["test"] for record in known):
+        print("\n" + report.table(known, who="teacher"))
+    if args.plot:
+        report.draw(known, args.plot)
+        print(f"Plot: {args.plot}")
+    return 0 if complete else 1
 
 
-def wanted(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterator[Settings]:
-    """The runs that are asked for, without repetitions."""
-    given = {key: value for key, value in vars(args).items() if key in NAMES and value is not None}
-    preset = {**PRESETS[args.preset], **given}
-    lines = [""] if args.sweep is None else args.sweep.read_text().splitlines()
-    seen = set()
-    for number, line in enumerate(lines, 1):
-        words = shlex.split(line, comments=True)
-        if not words and args.sweep is not None:
-            continue
-        try:
-            for options in combinations(words):
-                values = vars(line_parser().parse_args(options))
-                known = {key: value for key, value in values.items() if value is not None}
-                settings = Settings(**{**preset, **known})
-                if settings not in seen:
-                    seen.add(settings)
-                    yield settings
-        except (ValueError, argparse.ArgumentError) as error:
-            where = f"{args.sweep}, line {number}: " if args.sweep else ""
-            raise ValueError(f"{where}{error}") from error
+def wanted(args: argparse.Namespace) -> list[Settings]:
+    """The runs that are asked for, without repetitions.
 
-
-def combinations(words: Sequence[str]) -> Iterator[list[str]]:
-    """Option lists with one of each option's values, which are separated by commas.
-
-    >>> list(combinations(["--seed", "0,1", "--beta", "1e-3"]))
-    [['--seed', '0', '--beta', '1e-3'], ['--seed', '1', '--beta', '1e-3']]
+    Raises:
+        OSError: If there is no such sweep.
+        ValueError: If a setting is wrong; with the line of the sweep.
     """
-    for chosen in itertools.product(*(word.split(",") for word in words)):
-        yield list(chosen)
+    preset = {**PRESETS[args.preset], **options.given(args)}
+    if args.sweep is None:
+        return [Settings(**preset)]
+    runs: dict[Settings, None] = {}
+    for number, line in enumerate(args.sweep.read_text().splitlines(), 1):
+        if words := shlex.split(line, comments=True):
+            try:
+                runs.update({Settings(**{**preset, **one}): None for one in options.parse(words)})
+            except ValueError as error:
+                raise ValueError(f"{args.sweep}, line {number}: {error}") from error
+    return list(runs)
 
 
-def run_all(runs: Sequence[Settings], args: argparse.Namespace) -> bool:
-    """Runs them, ``--jobs`` at once; returns whether all are done."""
+def run_all(wanted: Sequence[Settings], args: argparse.Namespace) -> bool:
+    """Runs what ``--out`` does not hold, ``--jobs`` at once; returns whether all are done."""
+    finished = {record["name"] for record in records.read(args.out)}
+    runs = [run for run in wanted if run.name not in finished]
+    if len(runs) < len(wanted):
+        print(f"{len(wanted) - len(runs)} of {len(wanted)} runs are in {args.out} already")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + args.time_limit
     common = (args.data, args.out, args.device, args.preset, args.threads)
-    if args.jobs == 1 or len(runs) == 1:
-        alone = len(runs) == 1
+    if args.jobs == 1 or len(runs) <= 1:
+        alone = len(runs) <= 1
         bar = tqdm(runs, unit="run", disable=alone)
         done = [run_one(run, *common, deadline, alone) for run in bar]
         return all(done)
@@ -166,30 +163,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds; then stop")
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="a line of options for each run")
     parser.add_argument("--summary", action="store_true", help="only the table of --out")
-    add_run_options(parser)
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draws the gain over beta")
+    parser.add_argument("--report", type=Path, metavar="MD", help="only renews a report's tables")
+    options.add_options(parser)
     return parser
-
-
-def line_parser() -> argparse.ArgumentParser:
-    """The options of a line of a sweep."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_run_options(parser)
-    return parser
-
-
-NAMES = [entry.name for entry in fields(Settings)]
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each setting; None where it is not given."""
-    group = parser.add_argument_group("a run (defaults depend on the preset)")
-    for entry in fields(Settings):
-        group.add_argument(
-            "--" + entry.name.replace("_", "-"),
-            type=type(entry.default),
-            choices=entry.metadata["choices"],
-            help=entry.metadata["help"],
-        )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from torch import Tensor
 from knn_study.settings import Settings
 
 SIZE, LOCAL_SIZE = 32, 16
-VALIDATION = 5_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def load(root: Path) -> Parts:
     """CIFAR-10 from an .npz file of JPEGs, or from (or into) a folder through torchvision.
 
     The 50,000 for training are put into a fixed random order (a file may have them by class); the
-    last 5,000 are the validation images.
+    last tenth are the validation images.
 
     Raises:
         OSError: If it is not there and cannot be downloaded.
@@ -63,8 +62,9 @@ def load(root: Path) -> Parts:
         train, test = (_from_torchvision(root, train) for train in (True, False))
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(train.labels)))
     train = Labelled(train.images[order], train.labels[order])
-    split = len(train.labels) - VALIDATION
-    return Parts(train.part(0, split), train.part(split, split + VALIDATION), test)
+    everything = len(train.labels)
+    split = everything - everything // 10
+    return Parts(train.part(0, split), train.part(split, everything), test)
 
 
 def _from_torchvision(root: Path, train: bool) -> Labelled:

@@ -86,6 +86,12 @@ def train(
 class _Run:
     def __init__(self, settings: Settings, parts: Parts, device: str) -> None:
         self.settings, self.device = settings, device
+        there = len(parts.train.labels)
+        if max(settings.images, settings.bank) > there:
+            raise ValueError(
+                f"images={settings.images} and bank={settings.bank}, but there are {there} images "
+                "to train on (without those for validation)"
+            )
         self.cuda = device.startswith("cuda")
         self.train = parts.train.part(0, settings.images).to(device)
         self.bank = parts.train.part(0, settings.bank).to(device)

@@ -1,0 +1,575 @@
+"""examples/cifar10_knn.py, on a few synthetic images."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPT = EXAMPLES / "cifar10_knn.py"
+
+# A run of a second.
+TINY = {
+    "backbone": "small",
+    "images": 96,
+    "bank": 200,
+    "local_views": 1,
+    "epochs": 2,
+    "batch": 32,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "hidden": 16,
+    "embedding": 8,
+    "prototypes": 12,
+    "every": 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def study() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        import cifar10_knn
+
+        yield cifar10_knn
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An .npz as ../shared/data/README.md of the project describes it: JPEGs, one after another."""
+    generator = np.random.default_rng(0)
+    stored: dict[str, Any] = {}
+    for part, count in (("train", 300), ("test", 40)):
+        jpegs = []
+        for _ in range(count):
+            coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            out = io.BytesIO()
+            Image.fromarray(coarse).resize((32, 32)).save(out, "JPEG")
+            jpegs.append(out.getvalue())
+        stored[f"{part}_bytes"] = np.frombuffer(b"".join(jpegs), np.uint8)
+        stored[f"{part}_offsets"] = np.cumsum([0, *map(len, jpegs)])
+        stored[f"{part}_labels"] = np.arange(count) * 10 // count  # by class, as the real file
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    np.savez(path, **stored)
+    return path
+
+
+def settings(**values: Any) -> Any:
+    from knn_study.settings import Settings
+
+    return Settings(**{**TINY, **values})
+
+
+@pytest.fixture
+def run(file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Trains; keywords are settings, or ``deadline``."""
+    from knn_study.data import load
+    from knn_study.training import train
+
+    def run(*, deadline: float = math.inf, checkpoint: str = "c.pt", **values: Any) -> Any:
+        return train(
+            settings(**values),
+            load(file),
+            device="cpu",
+            checkpoint=tmp_path / checkpoint,
+            deadline=deadline,
+            bar=False,
+        )
+
+    return run
+
+
+def measured(result: Any) -> dict[str, Any]:
+    """All but the times."""
+    return {k: v for k, v in asdict(result).items() if k not in ("seconds", "images_per_second")}
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"method": "dinov3"}, "method must be one of dino, simclr.*got 'dinov3'"),
+            ({"epochs": 0}, "epochs must be at least 1, got 0"),
+            ({"lr": math.nan}, "lr must be at least 0, got nan"),
+            ({"beta": 0.1}, "beta would have no effect with regulariser='plain'"),
+            ({"regulariser": "norm", "beta": 0.1, "prior": "view"}, "prior would have no effect"),
+            ({"regulariser": "climb"}, "regulariser='climb' needs beta > 0"),
+        ],
+    )
+    def test_wrong_and_idle_ones_are_refused(self, wrong: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            settings(**wrong)
+
+    def test_every_setting_is_in_the_name(self) -> None:
+        from knn_study.settings import Settings
+
+        base = {"regulariser": "climb", "beta": 0.25}
+        names = {Settings(**base).name}
+        for entry in fields(Settings):
+            choices = entry.metadata["choices"]
+            other = (
+                next(c for c in choices if c not in (entry.default, "plain", "climb", "noise"))
+                if choices
+                else entry.default + 1
+            )
+            changed = {**base, entry.name: other}
+            if entry.name == "regulariser":
+                changed = {"regulariser": other, "beta": 0.25}
+            names.add(Settings(**changed).name)
+        assert len(names) == 1 + len(fields(Settings))
+
+    def test_the_lines_of_a_sweep(self, study: ModuleType, tmp_path: Path) -> None:
+        sweep = tmp_path / "sweep.txt"
+        sweep.write_text("# all\n--method simclr,byol --seed 0,1\n\n--seed 1 --method byol\n")
+        args = study.make_parser().parse_args(["--sweep", str(sweep), "--epochs", "7"])
+        runs = study.wanted(args)
+        assert [(run.method, run.seed) for run in runs] == [
+            ("simclr", 0),
+            ("simclr", 1),
+            ("byol", 0),
+            ("byol", 1),
+        ]
+        assert {run.epochs for run in runs} == {7}
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("--beta 1", "line 2: beta would have no effect"),
+            ("--betta 1", "line 2: not a setting: --betta 1"),
+            ("--method dino,x", "line 2: .*invalid choice: 'x'"),
+        ],
+    )
+    def test_a_wrong_line_of_a_sweep_is_named(
+        self, study: ModuleType, tmp_path: Path, line: str, message: str
+    ) -> None:
+        sweep = tmp_path / "sweep.txt"
+        sweep.write_text(f"--method simclr\n{line}\n")
+        with pytest.raises(ValueError, match=message):
+            study.wanted(study.make_parser().parse_args(["--sweep", str(sweep)]))
+
+
+class TestData:
+    def test_the_parts_are_disjoint_mixed_and_all_there(self, file: Path) -> None:
+        from knn_study.data import load
+
+        parts = load(file)
+        sizes = [len(part.images) for part in (parts.train, parts.validation, parts.test)]
+        assert sizes == [270, 30, 40]
+        known = {image.numpy().tobytes() for image in parts.train.images}
+        assert len(known) == 270
+        assert not known & {image.numpy().tobytes() for image in parts.validation.images}
+        assert len(parts.validation.labels.unique()) > 5
+
+    def test_views_of_one_seed_are_the_same(self) -> None:
+        from knn_study.data import RandomViews
+
+        images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+        draw = RandomViews(settings(), local=2)
+        seen = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            seen.append(draw(images))
+        assert [tuple(view.shape) for view in seen[0]] == [(6, 3, 32, 32)] * 2 + [
+            (6, 3, 16, 16)
+        ] * 2
+        assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+        assert not torch.equal(seen[0][0], seen[0][1])
+
+    def test_each_image_of_a_batch_has_its_own_augmentation(self) -> None:
+        from knn_study.data import RandomViews
+
+        image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+        view = RandomViews(settings(), local=0)(image.expand(8, -1, -1, -1))[0]
+        assert len({one.numpy().tobytes() for one in view}) == 8
+
+    @pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+    def test_mismatched_pairs(self, fraction: float) -> None:
+        """Images of one colour each: a view keeps its mean red, of 200 levels, within a jitter."""
+        from knn_study.data import RandomViews
+
+        torch.manual_seed(0)
+        draw = RandomViews(settings(mismatched=fraction), local=1)
+        draw.large = draw.small = torch.nn.Identity()
+        images = torch.arange(2000, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+        first, *others = draw(images)
+        for view in others:
+            share = (view[:, 0, 0, 0] != first[:, 0, 0, 0]).float().mean().item()
+            assert share == pytest.approx(fraction, abs=3 * math.sqrt(0.25 / 2000))
+
+
+BACKBONES = {"small": 128, "resnet18": 512, "resnet50": 2048, "efficientnet_b0": 1280}
+
+
+@pytest.mark.parametrize(("name", "width"), BACKBONES.items())
+def test_backbones_take_small_images(name: str, width: int) -> None:
+    from knn_study.methods import make_backbone
+
+    network, features = make_backbone(name)
+    assert features == width
+    for size in (32, 16):
+        assert network(torch.randn(2, 3, size, size)).shape == (2, width)
+
+
+METHODS = ("dino", "simclr", "byol", "moco", "simsiam", "barlowtwins", "vicreg", "swav")
+TEACHERS = {"dino", "byol", "moco"}
+REGULARISED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "projection": {"regulariser": "climb", "beta": 1e-2, "alpha": 0.5},
+    "features": {"regulariser": "climb", "beta": 1e-2, "at": "features", "prior": "view"},
+}
+
+
+@pytest.mark.parametrize("regularised", REGULARISED.values(), ids=REGULARISED)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(
+    run: Callable[..., Any], method: str, regularised: dict[str, Any]
+) -> None:
+    result = run(method=method, **regularised)
+    accuracies = [result.test, *({w: v[-1] for w, v in result.validation.items()},)]
+    for known in accuracies:
+        assert set(known) == {"student", "teacher"} if method in TEACHERS else {"student"}
+        assert all(0 <= accuracy <= 100 for accuracy in known.values())
+    assert len(result.base_loss) == 2
+    assert all(map(math.isfinite, result.base_loss))
+    assert len(result.rate) == (2 if regularised else 0)
+    assert all(rate > 0 for rate in result.rate)
+
+
+@pytest.mark.parametrize("options", [{}, {"regulariser": "climb", "beta": 1e-3}], ids=str)
+@pytest.mark.parametrize("method", ["dino", "simclr"])
+def test_twins_begin_alike_and_see_the_same_views(
+    method: str, options: dict[str, Any], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from knn_study import training
+    from knn_study.data import load
+
+    def trained(**values: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        run = training._Run(settings(method=method, **values), load(file), "cpu")
+        start = {name: value.clone() for name, value in run.learner.state_dict().items()}
+        seen: list[Tensor] = []
+        run.learner.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        with training.tqdm(disable=True) as progress:
+            run.epoch(0, progress)
+        return seen, start
+
+    monkeypatch.setattr(training._Run, "_knn", lambda self, asked: {"student": 0.0})
+    plain, before = trained()
+    views, start = trained(**options)
+    assert len(plain) == 3 * (3 if method == "dino" else 2)
+    assert all(torch.equal(a, b) for a, b in zip(plain, views, strict=True))
+    assert all(torch.equal(value, start[name]) for name, value in before.items())
+    assert (start.keys() != before.keys()) == bool(options)
+
+
+class TestRegularisers:
+    def losses(self, **values: Any) -> tuple[Any, Any, list[Tensor]]:
+        from knn_study.methods import METHODS, Learner
+        from knn_study.regularisers import regularised
+
+        torch.manual_seed(0)
+        chosen = settings(method="simclr", **values)
+        learner = Learner(chosen)
+        loss = METHODS["simclr"].loss(chosen)
+        criterion = regularised(loss, learner, chosen, steps=4)
+        images = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        return criterion, learner, list(images)
+
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    def test_norm_and_invariance(self, at: str) -> None:
+        """Against the embeddings that are computed here."""
+        for name in ("norm", "invariance"):
+            criterion, learner, views = self.losses(regulariser=name, beta=0.5, at=at)
+            outputs = learner(views)
+            total = criterion(*outputs)
+            one, two = [
+                learner.backbone(v) if at == "features" else learner.head(learner.backbone(v))
+                for v in views
+            ]
+            expected = {
+                "norm": (one.square().sum(1) + two.square().sum(1)).mean() / 4,
+                "invariance": (one - two).square().sum(1).mean(),
+            }[name]
+            torch.testing.assert_close(total, criterion.loss(*outputs) + 0.5 * expected)
+            criterion._views.clear()
+
+    def test_noise_has_no_term(self) -> None:
+        criterion, learner, views = self.losses(regulariser="noise", init_std=0.3)
+        total = criterion(*learner(views))
+        assert torch.equal(total, criterion.terms.base)
+        assert criterion.terms.rate > 0
+        assert criterion.terms.beta == 0
+        total.backward()
+        assert criterion.heads[0].logvar.weight.grad is not None
+
+    @pytest.mark.parametrize("regulariser", ["noise", "climb"])
+    def test_a_fixed_std_stays(
+        self, run: Callable[..., Any], regulariser: str, tmp_path: Path
+    ) -> None:
+        options = {"beta": 0.01} if regulariser == "climb" else {}
+        moved = []
+        for fixed in (0, 1):
+            path = tmp_path / f"{fixed}.pt"
+            run(
+                method="simclr",
+                regulariser=regulariser,
+                fixed_std=fixed,
+                checkpoint=path,
+                **options,
+            )
+            learner = torch.load(path)["learner"]
+            (weight,) = (value for key, value in learner.items() if key.endswith("logvar.weight"))
+            moved.append(weight.abs().sum().item())  # zero at the start
+        assert moved[0] > 0
+        assert moved[1] == 0
+
+    def test_decay_is_that_of_the_optimiser(self, file: Path) -> None:
+        from knn_study.data import load
+        from knn_study.training import _Run
+
+        for more in (0.0, 0.25):
+            options = {"regulariser": "decay", "beta": more} if more else {}
+            run = _Run(settings(method="simclr", weight_decay=0.5, **options), load(file), "cpu")
+            assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.5 + more}
+
+
+STOPPED = {"method": "moco", "regulariser": "climb", "beta": 1e-2, "epochs": 3}
+
+
+class TestResume:
+    def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+        self, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """MoCo has a memory bank, a teacher, and a momentum that depends on the step."""
+        from knn_study import training
+
+        whole = run(**STOPPED, checkpoint="whole.pt")
+        for done in (1, 2):
+            times = iter([0.0] * done + [2.0])
+            with monkeypatch.context() as patch:
+                patch.setattr(training.time, "monotonic", times.__next__)
+                with pytest.raises(training.OutOfTimeError):
+                    run(**STOPPED, deadline=1.0, checkpoint=f"{done}.pt")
+            again = run(**STOPPED, checkpoint=f"{done}.pt")
+            assert measured(again) == measured(whole)
+
+    @pytest.mark.parametrize("damage", ["cut", "other", "empty"])
+    def test_a_damaged_checkpoint_is_refused_and_left(
+        self, run: Callable[..., Any], tmp_path: Path, damage: str
+    ) -> None:
+        path = tmp_path / "c.pt"
+        run(method="simclr")
+        whole = path.read_bytes()
+        if damage == "other":
+            torch.save({"epoch": 3}, path)
+        else:
+            path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match="is not a whole checkpoint of this script"):
+            run(method="simclr")
+        assert path.read_bytes() == before
+
+    def test_a_checkpoint_of_other_settings_is_refused(self, run: Callable[..., Any]) -> None:
+        run(method="simclr")
+        with pytest.raises(ValueError, match="was made with other settings"):
+            run(method="simclr", seed=1)
+
+    def test_a_killed_process(self, file: Path, tmp_path: Path) -> None:
+        """SIGKILL between the first checkpoint and the end; the next start ends with the same."""
+        lines = []
+        for name in ("whole", "killed"):
+            out = tmp_path / name / "runs.jsonl"
+            command = [sys.executable, str(SCRIPT), *words(data=file, out=out), *words(**TINY)]
+            command += words(method="simclr", epochs=12, regulariser="climb", beta=0.01)
+            if name == "killed":
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                while not list(out.parent.glob(".*.pt")):
+                    assert process.poll() is None, process.communicate()[1].decode()
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                assert process.returncode == -signal.SIGKILL
+                assert not out.exists()
+            subprocess.run(command, check=True, capture_output=True)
+            lines.append(json.loads(out.read_text()))
+            assert os.listdir(out.parent) == ["runs.jsonl"]
+        for line in lines:
+            del line["seconds"], line["images_per_second"]
+        assert lines[0] == lines[1]
+
+
+def words(**options: Any) -> list[str]:
+    found = []
+    for name, value in options.items():
+        found += ["--" + name.replace("_", "-"), str(value)]
+    return found
+
+
+class TestRuns:
+    def test_a_sweep_stops_at_its_time_and_goes_on(
+        self, study: ModuleType, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        sweep, out = tmp_path / "sweep.txt", tmp_path / "runs.jsonl"
+        sweep.write_text("--method simclr --seed 0,1\n--regulariser norm --beta 0.1\n")
+        common = [*words(data=file, out=out, sweep=sweep), *words(**TINY)]
+        assert study.main([*common, "--method", "byol", "--time-limit", "0"]) == 1
+        assert not out.exists()
+        assert study.main([*common, "--method", "byol"]) == 0
+        assert len(out.read_text().splitlines()) == 3
+        capsys.readouterr()
+        assert study.main([*common, "--method", "byol"]) == 0
+        said = capsys.readouterr().out
+        assert "3 of 3 runs are in" in said
+        assert "| byol | norm, beta 0.1 | 1 |" in said
+        assert "k-NN accuracy of the teacher" in said
+        assert len(out.read_text().splitlines()) == 3
+
+    def test_several_at_once_write_whole_lines(
+        self, study: ModuleType, file: Path, tmp_path: Path
+    ) -> None:
+        from knn_study.records import read
+
+        sweep, out = tmp_path / "sweep.txt", tmp_path / "runs.jsonl"
+        sweep.write_text("--method simclr,simsiam --seed 0,1\n")
+        common = [*words(data=file, out=out, sweep=sweep), *words(**TINY)]
+        assert study.main([*common, "--jobs", "2"]) == 0
+        assert len({record["name"] for record in read(out)}) == 4
+
+    def test_more_images_than_there_are(self, run: Callable[..., Any]) -> None:
+        with pytest.raises(ValueError, match="images=96 and bank=271, but there are 270 images"):
+            run(method="simclr", bank=271)
+
+    def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(
+        self, study: ModuleType, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = tmp_path / "runs.jsonl"
+        options = {**TINY, "lr": 1e30}
+        arguments = [*words(data=file, out=out), *words(**options), "--method", "simclr"]
+        assert study.main(arguments) == 1
+        assert "ended: the loss of epoch" in capsys.readouterr().err
+        assert not out.exists()
+
+    def test_a_line_that_was_cut_short(self, tmp_path: Path) -> None:
+        from knn_study import records
+
+        path = tmp_path / "runs.jsonl"
+        records.append(line(seed=0), path)
+        with path.open("a") as file:
+            file.write('{"name": "cut')
+        records.append(line(seed=1), path)
+        with pytest.raises(ValueError, match=r"line 2 of .* is no record .* remove that line"):
+            records.read(path)
+        whole = path.read_text().splitlines()
+        path.write_text("\n".join([whole[0], whole[2]]))
+        assert [record["settings"]["seed"] for record in records.read(path)] == [0, 1]
+
+
+def line(
+    validation: float = 50.0, test: float = 50.0, rate: float = 3.0, **values: Any
+) -> dict[str, Any]:
+    """A record."""
+    chosen = settings(**{"method": "simclr", **values})
+    return {
+        "name": chosen.name,
+        "settings": asdict(chosen),
+        "validation": {"student": [0.0, validation]},
+        "test": {"student": test},
+        "rate": [] if chosen.regulariser == "plain" else [rate],
+        "seconds": 10.0,
+        "device": "CPU",
+        "versions": {"torch": "2"},
+        "revision": "abc",
+    }
+
+
+CLIMB = {"regulariser": "climb", "beta": 0.01}
+
+
+class TestReport:
+    def cells(self, *records: dict[str, Any]) -> dict[str, list[str]]:
+        from knn_study.report import table
+
+        rows = [row.strip("| ").split(" | ") for row in table(records).splitlines() if "|" in row]
+        return {row[0]: row[1:] for row in rows[2:]}
+
+    def test_a_gain_is_paired_by_seed(self) -> None:
+        """Means 50, 51 and 42, 52: the gain is of seeds 0 and 1 alone, whatever the order."""
+        known = [
+            line(50, 60, seed=0),
+            line(54, 62, seed=1),
+            line(54.5, 62.5, seed=1, **CLIMB),
+            line(51.5, 61.5, seed=0, **CLIMB),
+            line(10, 10, seed=2, **CLIMB),
+        ]
+        climb = self.cells(*known)["climb, beta 0.01"]
+        assert climb[:2] == ["3", "38.67 ± 24.87"]
+        assert climb[2] == "+1.00 ± 0.71"
+        assert climb[4] == "+1.00 ± 0.71"
+        assert climb[5] == "3.00 ± 0.00"
+
+    def test_a_gain_within_its_spread_is_none(self) -> None:
+        known = [line(50, seed=0), line(50, seed=1)]
+        known += [line(50 + gain, seed=seed, **CLIMB) for seed, gain in ((0, 2.0), (1, 0.0))]
+        assert self.cells(*known)["climb, beta 0.01"][2] == "+1.00 ± 1.41: none"
+
+    def test_a_loss_beyond_its_spread_is_a_loss(self) -> None:
+        known = [line(50, seed=0), line(50, seed=1)]
+        known += [line(50 - loss, seed=seed, **CLIMB) for seed, loss in ((0, 3.0), (1, 2.0))]
+        assert self.cells(*known)["climb, beta 0.01"][2] == "-2.50 ± 0.71"
+
+    def test_one_seed_has_no_spread(self) -> None:
+        assert self.cells(line(50), line(52, **CLIMB))["climb, beta 0.01"][2] == "+2.00, one seed"
+
+    def test_a_twin_has_the_same_training(self) -> None:
+        known = self.cells(line(50, lr=1e-3), line(52, lr=2e-3, **CLIMB))
+        assert known["0.002"][3] == ""
+
+    def test_nothing_is_measured(self) -> None:
+        from knn_study.report import table
+
+        assert table([]) == "No runs with a student."
+
+    def test_tables_of_a_report(self, study: ModuleType, tmp_path: Path) -> None:
+        from knn_study import records
+
+        for record in (line(50), line(52, **CLIMB), line(40, method="byol")):
+            records.append(record, tmp_path / "runs.jsonl")
+        path = tmp_path / "report.md"
+        path.write_text(
+            "# A\n<!-- table: runs.jsonl --method simclr -->\nold\n<!-- end -->\nB\n"
+            "<!-- plot: plot.png runs.jsonl -->\n"
+        )
+        assert study.main(["--report", str(path)]) == 0
+        text = path.read_text()
+        assert text.startswith("# A\n<!-- table: runs.jsonl --method simclr -->\n| regulariser |")
+        assert text.endswith("\n<!-- end -->\nB\n<!-- plot: plot.png runs.jsonl -->\n")
+        assert "old" not in text
+        assert "byol" not in text
+        assert "| climb, beta 0.01 | 1 | 52.00 | +2.00, one seed |" in text
+        with Image.open(tmp_path / "plot.png") as picture:
+            assert picture.width > 400
+        assert study.main(["--report", str(path)]) == 0
+        assert path.read_text() == text
+
+    def test_a_report_of_a_file_that_is_not_there(self, study: ModuleType, tmp_path: Path) -> None:
+        path = tmp_path / "report.md"
+        path.write_text("<!-- table: runs.jsonl -->\n<!-- end -->\n")
+        with pytest.raises(SystemExit):
+            study.main(["--report", str(path)])
+        assert path.read_text() == "<!-- table: runs.jsonl -->\n<!-- end -->\n"
