@@ -95,7 +95,6 @@ class Penalised(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of these arguments, plus the penalty of the forward calls since the last."""
-        views = [view for view in self._views if view.requires_grad]
-        self._views.clear()
+        views, self._views = self._views, []
         loss: Tensor = self.loss(*args, **kwargs)
         return loss + self.beta * self.penalty(views)
