@@ -296,7 +296,7 @@ class TestRegularisers:
         """Against the embeddings that are computed here."""
         for name in ("norm", "invariance"):
             criterion, learner, views = self.losses(regulariser=name, beta=0.5, at=at)
-            for step in ([2 * view for view in views], views):  # the first must be forgotten
+            for step in ([view**3 for view in views], views):  # the first must be forgotten
                 outputs = learner(step)
                 total = criterion(*outputs)
             one, two = [
