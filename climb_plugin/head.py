@@ -349,6 +349,9 @@ class GaussianHead(nn.Module):
         if not isinstance(embedding, Tensor) or not embedding.is_floating_point():
             received = getattr(embedding, "dtype", type(embedding).__name__)
             raise TypeError(f"GaussianHead takes floating-point embeddings, got {received}.")
+        # A size is a tensor then, and asking for its value warns.
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return
         if embedding.ndim < 2 or embedding.shape[-1] != self.in_features:
             raise ValueError(
                 f"GaussianHead({self.in_features}) takes embeddings of shape "
