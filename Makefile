@@ -11,7 +11,7 @@ test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p climb_plugin -p hydra_plugins.climb_plugin
-	CLIMB_TEST_HOSTS=$${CLIMB_TEST_HOSTS-lightly} $(BIN)/pytest --doctest-modules --doctest-ignore-import-errors tests --pyargs climb_plugin
+	CLIMB_TEST_HOSTS=$${CLIMB_TEST_HOSTS-lightly,onnx} $(BIN)/pytest --doctest-modules --doctest-ignore-import-errors tests --pyargs climb_plugin
 
 # Ratios, measured side by side; what needs a GPU says that it did not run where there is none.
 bench: .venv/bench

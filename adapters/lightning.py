@@ -66,7 +66,9 @@ class ClimbCallback(_Callback):
 
     Raises:
         ValueError: At the start of the training, if there is no ClimbLoss in the module; if a
-            fraction is to be laid over a training of unknown length.
+            fraction is to be laid over a training of unknown length; if the checkpoint that is
+            resumed has the state of a loss whose attribute path is gone (a warning, where the
+            LightningModule has ``strict_loading = False``).
 
     Examples:
         >>> callback = ClimbCallback()  # Trainer(callbacks=[ClimbCallback()])
@@ -97,10 +99,21 @@ class ClimbCallback(_Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Lets the losses go on from the checkpoint that is resumed, if one is."""
-        for path, state in self._restored.items():
+        restored, self._restored = self._restored, {}
+        gone = sorted(restored.keys() - self._records.keys())
+        if gone:
+            message = (
+                f"the checkpoint has the state of a ClimbLoss at {' and '.join(gone)}, where "
+                f"{type(pl_module).__name__} has none: its losses are at "
+                f"{', '.join(self._records)}. Give the loss its old place, or, to go on without "
+                "that state, set strict_loading = False on the LightningModule."
+            )
+            if getattr(pl_module, "strict_loading", True):  # Lightning has it since 2.2
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=2)
+        for path, state in restored.items():
             if path in self._records:
                 self._records[path].loss.load_climb_state(state)
-        self._restored = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What the module's own state lacks: the state of losses that are no submodules."""
@@ -150,10 +163,12 @@ class ClimbCallback(_Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Lets go of the losses."""
         self._stop()
+        self._restored = {}
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Lets go of the losses."""
         self._stop()
+        self._restored = {}  # an evaluation loads what is not its own, too
 
     def _stop(self) -> None:
         self._ended = self.state_dict()  # for a checkpoint that is saved after the training

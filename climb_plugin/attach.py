@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from climb_plugin.head import GaussianHead
+from climb_plugin.objects import living
 from climb_plugin.probe import Probe, end_of_projection, first_layer, input_width
 
 NAME = "gaussian"
@@ -205,7 +206,12 @@ def _sample_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class _OptimizerWatch:
-    """Raises if the optimiser moves the student but not the head that was put into it."""
+    """Raises if the student is moved while no optimiser holds the head that was put into it.
+
+    Versions tell what was moved. That the head was not says little: its optimiser may be another
+    one, which steps less often. So the optimisers are looked for, once, when only the student
+    was moved. One that holds the head and never steps is not told from one that will.
+    """
 
     def __init__(self, reference: nn.Parameter, head: GaussianHead) -> None:
         self._parameters = (reference, head.logvar.bias)
@@ -232,15 +238,17 @@ class _OptimizerWatch:
             parameter._version != version
             for parameter, version in zip(self._parameters, self._versions, strict=True)
         )
-        if moved and not moved_head:
+        if not moved and not moved_head:
+            return
+        if not moved_head and not _is_held(bias):
             raise RuntimeError(
-                "the optimiser updates the projection head but not the GaussianHead in it: build "
-                "the optimiser after the loss was wrapped, so that model.parameters() holds the "
-                "new parameters."
+                "the optimiser updates the projection head but not the GaussianHead in it, and no "
+                "other one holds that: build the optimiser after the loss was wrapped, so that "
+                "model.parameters() holds the new parameters, or freeze the GaussianHead with "
+                "requires_grad_(False)."
             )
-        if moved:
-            self._handle.remove()
-            self._watched.remove(self)
+        self._handle.remove()
+        self._watched.remove(self)
 
     def _after_backward(self, gradient: Tensor) -> None:
         self._versions = tuple(parameter._version for parameter in self._parameters)
@@ -251,3 +259,13 @@ class _OptimizerWatch:
     def __getstate__(self) -> dict[str, Any]:
         # The versions of a copy start anew, and a copied parameter has no hooks.
         return {**self.__dict__, "_versions": None, "_handle": None}
+
+
+def _is_held(parameter: nn.Parameter) -> bool:
+    """Whether an optimiser of this process, whichever it is, was given ``parameter``."""
+    return any(
+        parameter is held
+        for optimizer in living(lambda kind: torch.optim.Optimizer in kind.__mro__)
+        for group in getattr(optimizer, "param_groups", ())  # it may be half built
+        for held in group["params"]
+    )

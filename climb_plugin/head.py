@@ -142,6 +142,8 @@ class GaussianHead(nn.Module):
         True
     """
 
+    _is_replica = False  # set by torch on the copies that nn.DataParallel runs
+
     def __init__(
         self,
         in_features: int,
@@ -291,6 +293,12 @@ class GaussianHead(nn.Module):
         return call, noise
 
     def _sample(self, embedding: Tensor) -> Tensor:
+        if self._is_replica:
+            raise RuntimeError(
+                "GaussianHead cannot train in nn.DataParallel, which runs copies of the model that "
+                "last for one forward: the loss would not find their posteriors. Train on one GPU, "
+                "or use DistributedDataParallel. In eval() nn.DataParallel works."
+            )
         posterior = self.posterior(embedding)
         if embedding.numel() == 0:
             raise ValueError(
@@ -349,6 +357,9 @@ class GaussianHead(nn.Module):
         if not isinstance(embedding, Tensor) or not embedding.is_floating_point():
             received = getattr(embedding, "dtype", type(embedding).__name__)
             raise TypeError(f"GaussianHead takes floating-point embeddings, got {received}.")
+        # A size is a tensor then, and asking for its value warns.
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return
         if embedding.ndim < 2 or embedding.shape[-1] != self.in_features:
             raise ValueError(
                 f"GaussianHead({self.in_features}) takes embeddings of shape "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch.distributed as dist
 from torch import nn
+
+from climb_plugin.objects import living
 
 # By name: importing torch's FSDP takes time that a run without it need not spend.
 _AVERAGING = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
@@ -19,15 +19,9 @@ def several() -> bool:
 def averaging() -> list[nn.Module]:
     """The modules of this process that average gradients over the ranks.
 
-    Nothing lists them, so this looks through all objects: tenths of a second, not for every step.
+    Nothing lists them, so this looks through all objects.
     """
-    objects = gc.get_objects()
-    kinds = {
-        kind
-        for kind in {type(item) for item in objects}
-        if not _AVERAGING.isdisjoint(base.__name__ for base in kind.__mro__)
-    }
-    return [item for item in objects if type(item) in kinds]
+    return living(lambda kind: any(base.__name__ in _AVERAGING for base in kind.__mro__))
 
 
 def averaged(module: nn.Module) -> bool:

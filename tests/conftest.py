@@ -1,7 +1,7 @@
 """Hosts and devices are asked for by name: one that is missing then is an error, not a skip.
 
-Of hosts by CLIMB_TEST_HOSTS=lightly,lightning,solo_learn, of devices by CLIMB_TEST_DEVICES=cuda.
-A host that CLIMB_TEST_WITHOUT names must not be importable.
+Of hosts by CLIMB_TEST_HOSTS=lightly,lightning,solo_learn,onnx, of devices by
+CLIMB_TEST_DEVICES=cuda. A host that CLIMB_TEST_WITHOUT names must not be importable.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ HOSTS = {
     "lightly": (("lightly",), "test_lightly"),
     "lightning": (("lightning", "pytorch_lightning"), "test_lightning"),
     "solo_learn": (("solo",), "test_solo"),
+    "onnx": (("onnxruntime",), "test_onnx"),  # runs exported models; torch's exporter needs more
 }
 
 DEVICES = ["cpu", "cuda"]

@@ -89,20 +89,25 @@ def train(
     compiled: Callable[[Any], Any] = lambda model: model,
     *,
     steps: int = 4,
+    base: Callable[..., Tensor] = distance,
+    compiled_loss: Callable[[Any], Any] = lambda loss: loss,
     **options: Any,
 ) -> list[list[Tensor]]:
-    """The terms of each step and, last, the parameters."""
+    """The terms and the gradients of each step and, last, the parameters."""
     model = compiled(net)
-    loss = ClimbLoss(distance, heads=net.head, **{"beta": Linear(0.1, warmup=8), **options})
+    loss = ClimbLoss(base, heads=net.head, **{"beta": Linear(0.1, warmup=8), **options})
+    criterion = compiled_loss(loss)
     optimizer = torch.optim.SGD([*net.parameters(), *loss.parameters()], lr=0.1)
     data = torch.Generator().manual_seed(3)
     seen: list[list[Tensor]] = []
     for _ in range(steps):
-        total = loss(*outputs(model, *torch.randn(2, 6, WIDTH, generator=data)))
+        total = criterion(*outputs(model, *torch.randn(2, 6, WIDTH, generator=data)))
         optimizer.zero_grad()
         total.backward()
+        gradients = [p.grad.clone() for p in net.parameters() if p.grad is not None]
         optimizer.step()
-        seen.append([*loss.terms])
+        torch.testing.assert_close(total.detach(), loss.terms.total, rtol=0, atol=0)
+        seen.append([*loss.terms, *gradients])
     return [*seen, [p.detach().clone() for p in net.parameters()]]
 
 
@@ -148,14 +153,32 @@ def test_the_head_alone(linear: bool) -> None:
         torch.testing.assert_close(now, then, rtol=1e-5, atol=1e-6)
 
 
-def test_a_compiled_base_loss() -> None:
-    expected = train(make(Net))
-    net = make(Net)
-    base = torch.compile(distance, fullgraph=True, backend="aot_eager")
-    loss = ClimbLoss(base, heads=net.head, beta=Linear(0.1, warmup=8))
-    data = torch.Generator().manual_seed(3)
-    loss(*outputs(net, *torch.randn(2, 6, WIDTH, generator=data)))
-    torch.testing.assert_close([*loss.terms], expected[0])
+@pytest.mark.filterwarnings("ignore:.*is learned and its parameters belong to the loss")
+@pytest.mark.parametrize("with_model", [False, True])
+@pytest.mark.parametrize("part", ["loss", "base"])
+@pytest.mark.parametrize(
+    ("backend", "options"), [*(("aot_eager", options) for options in ALIKE), ("inductor", ALIKE[1])]
+)
+def test_a_compiled_loss_equals_eager_and_is_compiled_once(
+    backend: str, options: dict[str, Any], part: str, with_model: bool
+) -> None:
+    """Of a ClimbLoss the base is compiled, and nothing is compiled anew from step to step."""
+    counter = CompileCounterWithBackend(backend)
+
+    def compiled(part: Any) -> Any:
+        return torch.compile(part, backend=counter)
+
+    expected = train(make(Net), **copy.deepcopy(options))
+    model = compiled if with_model else lambda model: model
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        if part == "loss":
+            seen = train(make(Net), model, compiled_loss=compiled, **copy.deepcopy(options))
+        else:
+            base = torch.compile(distance, fullgraph=True, backend=counter)
+            seen = train(make(Net), model, base=base, **copy.deepcopy(options))
+    for now, then in zip(seen, expected, strict=True):
+        torch.testing.assert_close(now, then, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 1 + with_model
 
 
 def test_a_compiled_training_step() -> None:
@@ -177,7 +200,8 @@ def test_a_compiled_training_step() -> None:
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        torch.testing.assert_close([*loss.terms], terms, rtol=1e-5, atol=1e-6)
+        expected_terms = terms[: len(loss.terms)]
+        torch.testing.assert_close([*loss.terms], expected_terms, rtol=1e-5, atol=1e-6)
 
 
 def test_crops_of_two_sizes_alternate_without_a_recompilation() -> None:

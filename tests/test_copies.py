@@ -101,6 +101,7 @@ PARTS = {
     "CollapseWatch",
     "DeferredFlags",
     "FiniteCheck",
+    "Held",
     "Noise",
     "Placement",
     "Probe",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from climb_plugin import ClimbLoss, GaussianHead
+from climb_plugin.attach import attach
 from climb_plugin.gaussian import kl_to_standard_normal
 from climb_plugin.graph import tied
 from climb_plugin.head import TeacherHead
@@ -92,6 +93,47 @@ class TestModes:
             inside = head.posterior(rows())
         assert torch.equal(inside.mean, expected.mean)
         assert torch.equal(inside.logvar, expected.logvar)
+
+
+def replicated(module: nn.Module) -> nn.Module:
+    """What nn.DataParallel runs on each GPU, as torch.nn.parallel.replicate makes it."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        replica._modules[name] = replicated(child)
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter.clone())
+    return replica
+
+
+class TestDataParallel:
+    @pytest.mark.parametrize("place", ["alone", "in a model", "behind a hook"])
+    def test_a_replica_does_not_train_and_says_why(self, place: str) -> None:
+        model: nn.Module = GaussianHead(6)
+        if place == "in a model":
+            model = Net()
+        elif place == "behind a hook":
+            model = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.LayerNorm(6))
+            attach(model, at="features")
+        replica = replicated(model)
+        with pytest.raises(RuntimeError, match=r"nn\.DataParallel.*use DistributedDataParallel"):
+            replica(rows())
+        (head,) = (part for part in model.modules() if isinstance(part, GaussianHead))
+        assert head.noise.drawn == 0
+        model(rows()).sum().backward()
+        assert head.noise.drawn == 1
+
+    @pytest.mark.parametrize("widths", [(6,), (6, 3)])
+    def test_a_replica_passes_on_the_mean(self, widths: tuple[int, ...]) -> None:
+        head = GaussianHead(*widths)
+        mean = head.posterior(rows()).mean
+        assert torch.equal(replicated(head.teacher())(rows()), mean)
+        assert torch.equal(replicated(head.eval())(rows()), mean)
+
+    def test_data_parallel_without_gpus_runs_the_model_itself(self) -> None:
+        head = GaussianHead(6)
+        loss = ClimbLoss(torch.mean, heads=head, beta=0.1)
+        loss(nn.DataParallel(head)(rows())).backward()
+        assert loss.terms.rate > 0
 
 
 class TestHostRandomness:

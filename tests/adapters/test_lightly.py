@@ -965,6 +965,79 @@ class TestOptimiser:
         with pytest.raises(RuntimeError, match="build the optimiser after the loss was wrapped"):
             student(rows())
 
+    @staticmethod
+    def alternating(student: nn.Module, every: int) -> Callable[[int], None]:
+        """An optimiser for the layers, and one for the head that steps less often."""
+        named = list(student.named_parameters())
+        layers = torch.optim.SGD([p for name, p in named if "gaussian" not in name], lr=0.1)
+        head = torch.optim.SGD([p for name, p in named if "gaussian" in name], lr=0.1)
+
+        def step(index: int) -> None:
+            layers.step()
+            if index % every == every - 1:
+                head.step()
+            layers.zero_grad()
+            head.zero_grad()
+
+        return step
+
+    @pytest.mark.parametrize("every", [1, 2, 5, 99])
+    def test_a_second_one_that_steps_the_head_less_often_is_none(self, every: int) -> None:
+        student = build(SimCLRProjectionHead)
+        criterion = wrap(first, student=student, beta=1e-3)
+        step = self.alternating(student, every)
+        before = gaussian(student).logvar.bias.detach().clone()
+        for index in range(6):
+            criterion(student(rows())).backward()
+            step(index)
+        assert torch.equal(gaussian(student).logvar.bias, before) == (every > 6)
+
+    def test_one_that_steps_the_layers_less_often_is_none(self) -> None:
+        student = build(SimCLRProjectionHead)
+        criterion = wrap(first, student=student, beta=1e-3)
+        head = gaussian(student)
+        for index in range(4):
+            criterion(student(rows())).backward()
+            with torch.no_grad():  # no optimiser at all
+                for parameter in (
+                    head.parameters() if index % 2 == 0 else student.layers.parameters()
+                ):
+                    parameter.add_(1e-3)
+        assert not head.before_draw
+
+    def test_one_of_its_own_for_each_parameter_is_none(self) -> None:
+        student = build(SimCLRProjectionHead)
+        criterion = wrap(first, student=student, beta=1e-3)
+        optimizers = [torch.optim.SGD([p], lr=0.1) for p in student.parameters()]
+        for index in range(3):
+            criterion(student(rows())).backward()
+            optimizers[index].step()
+
+    def test_built_before_is_an_error_beside_one_of_another_model(self) -> None:
+        other = build(SimCLRProjectionHead, seed=1)
+        other_criterion = wrap(first, student=other, beta=1e-3)
+        student = build(SimCLRProjectionHead)
+        optimizer = torch.optim.Adam(student.parameters())
+        criterion = wrap(first, student=student, beta=1e-3)
+        others = torch.optim.Adam(other.parameters())
+        self.steps(other, other_criterion, others, 1)
+        self.steps(student, criterion, optimizer, 1)
+        with pytest.raises(RuntimeError, match="build the optimiser after the loss was wrapped"):
+            student(rows())
+
+    def test_one_that_is_built_anew_after_the_error_is_none(self) -> None:
+        """As in a notebook."""
+        student = build(SimCLRProjectionHead)
+        optimizer = torch.optim.Adam(student.parameters())
+        criterion = wrap(first, student=student, beta=1e-3)
+        self.steps(student, criterion, optimizer, 1)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="build the optimiser after"):
+                student(rows())
+        optimizer = torch.optim.Adam(student.parameters())
+        self.steps(student, criterion, optimizer, 2)
+        assert not gaussian(student).before_draw
+
     def test_a_step_that_is_skipped_is_none(self) -> None:
         student = build(SimCLRProjectionHead)
         criterion = wrap(first, student=student, beta=1e-3)

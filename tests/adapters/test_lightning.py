@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 import subprocess
 import sys
@@ -328,6 +329,73 @@ def test_resuming_goes_on_to_a_target_rate(pl: Any, tmp_path: Path, submodule: b
     second, _ = fit(4, ckpt_path=str(tmp_path / "half.ckpt"))
     assert betas(first) + betas(second) == betas(whole)
     assert len(set(betas(whole))) == len(betas(whole))
+
+
+def hidden_at(*names: str) -> Callable[[Any, float | Schedule], None]:
+    """Losses that are no submodules, under ``names`` in a dict."""
+
+    def build(model: Any, beta: float | Schedule) -> None:
+        losses = [ClimbLoss(base, heads=model.head, beta=copy.copy(beta)) for _ in names]
+        model.hidden = dict(zip(names, losses, strict=True))
+
+        def loss_of(*views: Tensor) -> Tensor:
+            totals = [loss(*views) for loss in losses]
+            model.seen.append(losses[0].terms)
+            return torch.stack(totals).sum()
+
+        model.loss_of = loss_of
+
+    return build
+
+
+def saved_with(pl: Any, folder: Path, *names: str) -> str:
+    """A checkpoint of two epochs with losses of these names."""
+    fitted = trainer(pl, folder, max_epochs=2)
+    fitted.fit(make(pl, TargetRate(3.0, beta=0.01), build=hidden_at(*names)), data())
+    fitted.save_checkpoint(folder / "half.ckpt")
+    return str(folder / "half.ckpt")
+
+
+def test_the_state_of_a_loss_that_is_gone_is_an_error(pl: Any, tmp_path: Path) -> None:
+    checkpoint = saved_with(pl, tmp_path, "old", "same")
+    renamed = make(pl, TargetRate(3.0, beta=0.01), build=hidden_at("new", "same"))
+    with pytest.raises(
+        ValueError, match=r"ClimbLoss at hidden\.old, where .* are at hidden\.new, hidden\.same"
+    ):
+        trainer(pl, tmp_path, max_epochs=3).fit(renamed, data(), ckpt_path=checkpoint)
+    assert not renamed.seen
+
+
+def test_the_state_of_a_loss_that_is_gone_warns_where_loading_is_not_strict(
+    pl: Any, tmp_path: Path
+) -> None:
+    checkpoint = saved_with(pl, tmp_path, "old", "same")
+    reduced = make(pl, TargetRate(3.0, beta=0.01), build=hidden_at("same"))
+    reduced.strict_loading = False
+    with pytest.warns(UserWarning, match=r"ClimbLoss at hidden\.old, where"):
+        trainer(pl, tmp_path, max_epochs=3).fit(reduced, data(), ckpt_path=checkpoint)
+    assert len(reduced.seen) == 6
+    assert betas(reduced)[0] != 0.01  # the state of the other was taken
+
+
+def test_a_loss_is_added_to_a_resumed_training(pl: Any, tmp_path: Path) -> None:
+    checkpoint = saved_with(pl, tmp_path, "same")
+    more = make(pl, TargetRate(3.0, beta=0.01), build=hidden_at("same", "new"))
+    trainer(pl, tmp_path, max_epochs=3).fit(more, data(), ckpt_path=checkpoint)
+    assert betas(more)[0] != 0.01
+
+
+@pytest.mark.parametrize("names", [("same",), ("new",)])
+def test_a_checkpoint_that_was_evaluated_is_not_resumed(
+    pl: Any, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    checkpoint = saved_with(pl, tmp_path, "same")
+    callback = ClimbCallback()
+    model = make(pl, TargetRate(3.0, beta=0.01), build=hidden_at(*names))
+    model.validation_step = lambda *_: None
+    trainer(pl, tmp_path, callbacks=[callback]).validate(model, data(), ckpt_path=checkpoint)
+    trainer(pl, tmp_path, callbacks=[callback]).fit(model, data())
+    assert betas(model)[0] == pytest.approx(0.01)
 
 
 def test_several_losses_have_names_of_their_own(pl: Any, tmp_path: Path) -> None:
