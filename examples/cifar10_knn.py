@@ -131,6 +131,8 @@ def run_one(
     torch.set_num_threads(threads)
     # Lightly's DINO head is built with it.
     warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
+    # It is in the optimiser.
+    warnings.filterwarnings("ignore", message="prior='learned' is learned")
     parts = data.load(root)
     checkpoint = out.parent / f".{settings.name}.pt"
     try:

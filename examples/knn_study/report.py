@@ -12,7 +12,7 @@ from typing import Any
 
 from knn_study import options
 from knn_study.records import Record, read, settings_of
-from knn_study.settings import REGULARISATION, REGULARISERS, Settings
+from knn_study.settings import REGULARISATION, Settings
 
 _DEFAULTS = Settings()
 _PLAIN = {name: getattr(_DEFAULTS, name) for name in REGULARISATION}
@@ -55,11 +55,14 @@ def rows(records: Sequence[Record], *, who: str = "student") -> list[Row]:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    values = asdict(row.settings)
-    first = [values[name] for name in values if name not in REGULARISATION]
-    regulariser = REGULARISERS.index(values["regulariser"])
-    last = [values[name] for name in REGULARISATION[2:]]
-    return (*first, regulariser, *last, values["beta"])
+    """By training, then regulariser, then its settings, beta last; as the choices are listed."""
+    places = {}
+    for entry in fields(row.settings):
+        value, choices = getattr(row.settings, entry.name), entry.metadata["choices"]
+        places[entry.name] = choices.index(value) if choices else value
+    training = [place for name, place in places.items() if name not in REGULARISATION]
+    regularisation = [places[name] for name in REGULARISATION if name != "beta"]
+    return (*training, *regularisation, places["beta"])
 
 
 def table(records: Sequence[Record], *, who: str = "student") -> str:
@@ -73,7 +76,16 @@ def table(records: Sequence[Record], *, who: str = "student") -> str:
         return f"No runs with a {who}."
     by_settings = {row.settings: row for row in found}
     common, varying = _common(found)
-    head = [*varying, "regulariser", "seeds", "validation", "gain", "test", "gain", "rate (nats)"]
+    head = [
+        *map(_named, varying),
+        "regulariser",
+        "seeds",
+        "validation",
+        "gain",
+        "test",
+        "gain",
+        "rate (nats)",
+    ]
     lines = [head, ["---"] * len(head)]
     for row in found:
         twin = by_settings.get(row.twin) if row.settings != row.twin else None
@@ -90,7 +102,7 @@ def table(records: Sequence[Record], *, who: str = "student") -> str:
             ]
         )
     seconds = median(record["seconds"] for record in records)
-    below = ", ".join(f"{name} {_text(value)}" for name, value in common.items())
+    below = ", ".join(f"{_named(name)} {_text(value)}" for name, value in common.items())
     of_all = [
         f"k-NN accuracy of the {who} in per cent, mean ± standard deviation over seeds; {below}.",
         f"{len(records)} runs, median {seconds:.0f} s; {_listed(records)}.",
