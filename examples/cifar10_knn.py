@@ -25,8 +25,10 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import os
 import shlex
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -104,7 +106,7 @@ def run_all(wanted: Sequence[Settings], args: argparse.Namespace) -> bool:
         return all(done)
     # Each process decodes the images once and takes run after run.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=context, initializer=end_with_parent) as pool:
         try:
             jobs = [pool.submit(run_one, run, *common, deadline, False) for run in runs]
             bar = tqdm(as_completed(jobs), total=len(jobs), unit="run")
@@ -113,6 +115,18 @@ def run_all(wanted: Sequence[Settings], args: argparse.Namespace) -> bool:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def end_with_parent() -> None:
+    """Lets this process of a pool end when the script is killed: it would go on with its run."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)  # checkpoints and lines are written in one step, so none is cut
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def run_one(

@@ -154,7 +154,7 @@ def _gain(values: dict[int, float], twin: dict[int, float] | None) -> str:
     if not paired:
         return ""
     if len(paired) == 1:
-        return f"{paired[0]:+.2f}, one seed"
+        return f"{paired[0]:+.2f}"
     centre, spread = mean(paired), stdev(paired)
     verdict = ": none" if abs(centre) <= spread else ""
     return f"{centre:+.2f} ± {spread:.2f}{verdict}"
@@ -212,7 +212,7 @@ def draw(records: Sequence[Record], path: Path, *, who: str = "student") -> None
         axis.set(xscale="log", xlabel="beta", title=method)
         if curves:
             axis.legend(fontsize="x-small")
-    axes[0][0].set_ylabel("gain in k-NN accuracy (points)")
+    axes[0][0].set_ylabel("gain in validation k-NN (points)")
     figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

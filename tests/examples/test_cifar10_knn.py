@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
@@ -451,6 +452,28 @@ class TestRuns:
         assert study.main([*common, "--jobs", "2"]) == 0
         assert len({record["name"] for record in read(out)}) == 4
 
+    def test_a_killed_script_leaves_no_process_behind(self, file: Path, tmp_path: Path) -> None:
+        """Which would write into the checkpoints of the next one."""
+        sweep, out = tmp_path / "sweep.txt", tmp_path / "runs.jsonl"
+        sweep.write_text("--method simclr --epochs 10000 --seed 0,1\n")
+        command = [sys.executable, str(SCRIPT), *words(data=file, out=out, sweep=sweep, jobs=2)]
+        process = subprocess.Popen(
+            [*command, *words(**TINY)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            while len(list(tmp_path.glob(".*.pt"))) < 2:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.kill()
+            # Read to its end, which is when the last process that has it is gone.
+            process.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
     def test_more_images_than_there_are(self, run: Callable[..., Any]) -> None:
         with pytest.raises(ValueError, match="images=96 and bank=271, but there are 270 images"):
             run(method="simclr", bank=271)
@@ -534,7 +557,7 @@ class TestReport:
         assert self.cells(*known)["climb, beta 0.01"][2] == "-2.50 ± 0.71"
 
     def test_one_seed_has_no_spread(self) -> None:
-        assert self.cells(line(50), line(52, **CLIMB))["climb, beta 0.01"][2] == "+2.00, one seed"
+        assert self.cells(line(50), line(52, **CLIMB))["climb, beta 0.01"][2] == "+2.00"
 
     def test_a_twin_has_the_same_training(self) -> None:
         known = self.cells(line(50, lr=1e-3), line(52, lr=2e-3, **CLIMB))
@@ -561,7 +584,7 @@ class TestReport:
         assert text.endswith("\n<!-- end -->\nB\n<!-- plot: plot.png runs.jsonl -->\n")
         assert "old" not in text
         assert "byol" not in text
-        assert "| climb, beta 0.01 | 1 | 52.00 | +2.00, one seed |" in text
+        assert "| climb, beta 0.01 | 1 | 52.00 | +2.00 |" in text
         with Image.open(tmp_path / "plot.png") as picture:
             assert picture.width > 400
         assert study.main(["--report", str(path)]) == 0
@@ -573,3 +596,17 @@ class TestReport:
         with pytest.raises(SystemExit):
             study.main(["--report", str(path)])
         assert path.read_text() == "<!-- table: runs.jsonl -->\n<!-- end -->\n"
+
+
+def test_the_stored_report_is_made_of_the_stored_lines() -> None:
+    from knn_study.report import rewritten
+
+    path = EXAMPLES / "RESULTS.md"
+    assert rewritten(path) == path.read_text()
+    assert path.read_text().count("<!-- table: ") == path.read_text().count("<!-- end -->") > 3
+
+
+@pytest.mark.parametrize("sweep", sorted((EXAMPLES / "sweeps").glob("*.txt")), ids=lambda p: p.name)
+def test_the_stored_sweeps_are_sound(study: ModuleType, sweep: Path) -> None:
+    args = study.make_parser().parse_args(["--preset", "cpu", "--sweep", str(sweep)])
+    assert len(study.wanted(args)) > 10
