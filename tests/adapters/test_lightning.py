@@ -472,7 +472,7 @@ def test_a_missing_host_is_an_import_error() -> None:
         "sys.modules.update({'lightning': None, 'pytorch_lightning': None})\n"
         "import climb_plugin.adapters.lightning"
     )
-    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     assert run.returncode == 1
     assert "ImportError: neither lightning nor pytorch_lightning" in run.stderr
     assert "pip install 'lightning>=2'" in run.stderr
@@ -488,7 +488,7 @@ def test_one_host_is_enough(present: str) -> None:
         "from climb_plugin.adapters.lightning import ClimbCallback\n"
         "assert issubclass(ClimbCallback, pl.Callback)"
     )
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    subprocess.run([sys.executable, "-I", "-c", code], check=True)
 
 
 def distributed(rank: int, port: str, folder: str, package: str) -> None:
@@ -550,7 +550,7 @@ def test_two_processes(tmp_path: Path, package: str) -> None:
         port = str(probe.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-P", __file__, str(rank), port, str(tmp_path), package],
+            [sys.executable, __file__, str(rank), port, str(tmp_path), package],
             stdout=subprocess.PIPE,
             text=True,
         )
