@@ -129,6 +129,7 @@ def gradients(
     samples = record(step.net.head)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.4's reentrant checkpoints
         for batch in range(batches):
             last = batch == batches - 1
             with nullcontext() if last else model.no_sync():
