@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -129,6 +130,7 @@ def gradients(
     samples = record(step.net.head)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.4's reentrant checkpoints
         for batch in range(batches):
             last = batch == batches - 1
             with nullcontext() if last else model.no_sync():
@@ -369,7 +371,7 @@ def run(rank: int, world: int, folder: str) -> None:
             results[name] = traceback.format_exc()
         # Every time: where collectives do not match, gloo ends the process.
         torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    os._exit(0)  # destroy_process_group() hangs at times with torch 2.4
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Runs:
 
     def __init__(self, script: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(script)],
+            [sys.executable, __file__, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -45,7 +45,7 @@ class Ranks:
         self.world = world
         self.folder = folder
         done = subprocess.run(
-            [sys.executable, "-P", str(WORKER), str(folder), str(world)],
+            [sys.executable, str(WORKER), str(folder), str(world)],
             capture_output=True,
             text=True,
             timeout=300,

@@ -13,7 +13,7 @@ HOSTS = ("lightly", "solo", "lightning", "pytorch_lightning", "hydra")
 def loaded_hosts(statement: str) -> str:
     code = f"{statement}\nimport sys\nprint([m for m in {HOSTS!r} if m in sys.modules])"
     run = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
     )
     return run.stdout.strip()
 
@@ -42,6 +42,6 @@ def test_the_core_needs_torch_and_numpy_alone() -> None:
         "print(sorted(new - {'torch', 'numpy'}))"
     )
     run = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "['climb_plugin']"

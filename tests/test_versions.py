@@ -89,8 +89,8 @@ def test_hosts_asked_for_and_excluded(
     (tmp_path / "solo.py").touch()
     others = {"CLIMB_TEST_WITHOUT": "", "CLIMB_TEST_HOSTS": "", "PYTHONPATH": str(tmp_path)}
     run = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", "tests/test_versions.py"],
-        cwd=ROOT,
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "test_versions.py"],
+        cwd=ROOT / "tests",  # not the root, whose climb_plugin has no adapters
         env={**os.environ, **others, variable: value},
         capture_output=True,
         text=True,

@@ -24,7 +24,7 @@ def bench_import(benchmark: Any, report: Report) -> None:
 
     def run() -> None:
         result = subprocess.run(
-            [sys.executable, "-P", "-c", CODE], capture_output=True, text=True, check=True
+            [sys.executable, "-I", "-c", CODE], capture_output=True, text=True, check=True
         )
         added.append(float(result.stdout))
 
