@@ -204,6 +204,7 @@ def raising(kind: type[Exception], words: str) -> Iterator[None]:
         yield
     except kind as error:
         found = str(error)
+        error.__traceback__ = None  # Python 3.13: contextlib's frame holds it, and it the frame
     else:
         found = "no error"
     assert words in found
