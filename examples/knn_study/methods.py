@@ -183,7 +183,7 @@ class Learner(nn.Module):
         projected = [self.head(self.backbone(view)) for view in views]
         if self.predictor is not None:
             predicted = [self.predictor(view) for view in projected]
-        if self.teacher_backbone is not None:
+        if self.teacher_backbone is not None and self.teacher_head is not None:
             with torch.no_grad():
                 target = [self.teacher_head(self.teacher_backbone(v)) for v in views[:2]]
         if method == "dino":

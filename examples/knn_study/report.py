@@ -54,6 +54,10 @@ def rows(records: Sequence[Record], *, who: str = "student") -> list[Row]:
     return sorted(found.values(), key=_order)
 
 
+def _by_settings(records: Sequence[Record], who: str) -> dict[Settings, Row]:
+    return {row.settings: row for row in rows(records, who=who)}
+
+
 def _order(row: Row) -> tuple[Any, ...]:
     """By training, then regulariser, then its settings, beta last; as the choices are listed."""
     places = {}
@@ -65,16 +69,23 @@ def _order(row: Row) -> tuple[Any, ...]:
     return (*training, *regularisation, places["beta"])
 
 
-def table(records: Sequence[Record], *, who: str = "student") -> str:
+def table(
+    records: Sequence[Record], *, who: str = "student", twins: Sequence[Record] | None = None
+) -> str:
     """Markdown: a line for each setting; what all have in common stands below.
 
     A gain is that of runs over their plain twins: the same seed, images, order and views. One that
     is not larger than its spread, the standard deviation over seeds, is called none.
+
+    Args:
+        records: What to show.
+        who: Whose features.
+        twins: Where to look for plain twins; by default in ``records``.
     """
     found = rows(records, who=who)
     if not found:
         return f"No runs with a {who}."
-    by_settings = {row.settings: row for row in found}
+    by_settings = _by_settings(records if twins is None else twins, who)
     common, varying = _common(found)
     head = [
         *map(_named, varying),
@@ -174,7 +185,13 @@ def _listed(records: Sequence[Record]) -> str:
 # ---- Plot ----------------------------------------------------------------------------------------
 
 
-def draw(records: Sequence[Record], path: Path, *, who: str = "student") -> None:
+def draw(
+    records: Sequence[Record],
+    path: Path,
+    *,
+    who: str = "student",
+    twins: Sequence[Record] | None = None,
+) -> None:
     """The gain on the validation images over beta, a panel for each method, as a picture."""
     import matplotlib
 
@@ -182,7 +199,7 @@ def draw(records: Sequence[Record], path: Path, *, who: str = "student") -> None
     from matplotlib import pyplot as plt
 
     found = rows(records, who=who)
-    by_settings = {row.settings: row for row in found}
+    by_settings = _by_settings(records if twins is None else twins, who)
     methods = sorted({row.settings.method for row in found})
     figure, axes = plt.subplots(
         1, len(methods), figsize=(4.5 * len(methods), 3.6), sharey=True, squeeze=False
@@ -228,13 +245,13 @@ def rewritten(path: Path) -> str:
     """A report in Markdown with its tables made anew.
 
     Between ``<!-- table: FILE OPTIONS -->`` and ``<!-- end -->`` stands the table of the runs in
-    FILE, a path from the report, whose settings are among those of OPTIONS; ``--who teacher``
-    takes the teacher's accuracy.
+    FILE, a path from the report, whose settings are among those of OPTIONS, or of one of several
+    OPTIONS between semicolons; ``--who teacher`` in front takes the teacher's accuracy.
     """
 
     def renewed(match: re.Match[str]) -> str:
-        chosen, who = _chosen(path.parent, match[2])
-        return f"{match[1]}{table(chosen, who=who)}\n{match[3]}"
+        chosen, twins, who = _chosen(path.parent, match[2])
+        return f"{match[1]}{table(chosen, who=who, twins=twins)}\n{match[3]}"
 
     return _TABLE.sub(renewed, path.read_text())
 
@@ -248,23 +265,24 @@ def rewrite(path: Path) -> None:
     """
     text = rewritten(path)
     for target, words in _PLOT.findall(text):
-        chosen, who = _chosen(path.parent, words)
-        draw(chosen, path.parent / target, who=who)
+        chosen, twins, who = _chosen(path.parent, words)
+        draw(chosen, path.parent / target, who=who, twins=twins)
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
 
 
-def _chosen(folder: Path, words: str) -> tuple[list[Record], str]:
+def _chosen(folder: Path, words: str) -> tuple[list[Record], list[Record], str]:
+    """The runs to show, all runs of the file, and whose accuracy."""
     file, *rest = shlex.split(words)
     who = "student"
-    if "--who" in rest:
-        index = rest.index("--who")
-        who = rest[index + 1]
-        del rest[index : index + 2]
+    if rest[:1] == ["--who"]:
+        who, rest = rest[1], rest[2:]
     if not (folder / file).exists():
         raise FileNotFoundError(f"{folder / file} is not there")
-    return matching(read(folder / file), list(options.parse(rest))), who
+    known = read(folder / file)
+    wanted = [one for part in " ".join(rest).split(";") for one in options.parse(part.split())]
+    return matching(known, wanted), known, who
 
 
 def matching(records: Sequence[Record], wanted: Sequence[dict[str, Any]]) -> list[Record]:

@@ -102,7 +102,7 @@ class _Run:
         # CLIMB draws its noise from a stream of its own: twins start with the same weights.
         torch.manual_seed(settings.seed)
         method = METHODS[settings.method]
-        self.learner = Learner(settings).to(device, memory_format=torch.channels_last)
+        self.learner = Learner(settings).to(device).to(memory_format=torch.channels_last)
         loss = method.loss(settings).to(device)
         self.criterion = regularised(
             loss, self.learner, settings, steps=self.steps * settings.epochs
@@ -165,7 +165,7 @@ class _Run:
             outputs = self.learner(views)
         outputs = tuple(_in_float32(output) for output in outputs)
         more = {"epoch": epoch} if self.settings.method == "dino" else {}
-        loss = self.criterion(*outputs, **more)
+        loss: Tensor = self.criterion(*outputs, **more)
         self.optimizer.zero_grad()
         loss.backward()
         if isinstance(self.learner.head, DINOProjectionHead):

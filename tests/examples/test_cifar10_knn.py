@@ -576,15 +576,20 @@ class TestReport:
         path = tmp_path / "report.md"
         path.write_text(
             "# A\n<!-- table: runs.jsonl --method simclr -->\nold\n<!-- end -->\nB\n"
+            "<!-- table: runs.jsonl --method byol ; --beta 0.01 -->\n<!-- end -->\n"
             "<!-- plot: plot.png runs.jsonl -->\n"
         )
         assert study.main(["--report", str(path)]) == 0
         text = path.read_text()
         assert text.startswith("# A\n<!-- table: runs.jsonl --method simclr -->\n| regulariser |")
-        assert text.endswith("\n<!-- end -->\nB\n<!-- plot: plot.png runs.jsonl -->\n")
+        assert text.endswith("\n<!-- end -->\n<!-- plot: plot.png runs.jsonl -->\n")
         assert "old" not in text
-        assert "byol" not in text
-        assert "| climb, beta 0.01 | 1 | 52.00 | +2.00 |" in text
+        first, second = text.split("\nB\n")
+        assert "byol" not in first
+        assert "| climb, beta 0.01 | 1 | 52.00 | +2.00 |" in first
+        # Twins are looked for in the whole file.
+        assert "| simclr | climb, beta 0.01 | 1 | 52.00 | +2.00 |" in second
+        assert "| byol | plain | 1 | 40.00 |  |" in second
         with Image.open(tmp_path / "plot.png") as picture:
             assert picture.width > 400
         assert study.main(["--report", str(path)]) == 0
