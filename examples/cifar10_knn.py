@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from knn_study import data, options, records, report
 from knn_study.settings import PRESETS, Settings
-from knn_study.training import OutOfTimeError, train
+from knn_study.training import Measured, OutOfTimeError, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,15 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if args.summary:
-        known = report.matching(known, [options.given(args)])
+        shown = report.matching(known, [options.given(args)])
     else:
         names = {run.name for run in runs}
-        known = [record for record in known if record["name"] in names]
-    print(report.table(known))
-    if any("teacher" in record["test"] for record in known):
-        print("\n" + report.table(known, who="teacher"))
+        shown = [record for record in known if record["name"] in names]
+    print(report.table(shown, twins=known))
+    if any("teacher" in record["test"] for record in shown):
+        print("\n" + report.table(shown, who="teacher", twins=known))
     if args.plot:
-        report.draw(known, args.plot)
+        report.draw(shown, args.plot, twins=known)
         print(f"Plot: {args.plot}")
     return 0 if complete else 1
 
@@ -92,7 +92,8 @@ def wanted(args: argparse.Namespace) -> list[Settings]:
 
 def run_all(wanted: Sequence[Settings], args: argparse.Namespace) -> bool:
     """Runs what ``--out`` does not hold, ``--jobs`` at once; returns whether all are done."""
-    finished = {record["name"] for record in records.read(args.out)}
+    known = records.read(args.out)
+    finished = {record["name"] for record in known}
     runs = [run for run in wanted if run.name not in finished]
     if len(runs) < len(wanted):
         print(f"{len(wanted) - len(runs)} of {len(wanted)} runs are in {args.out} already")
@@ -147,18 +148,27 @@ def run_one(
     warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
     # It is in the optimiser.
     warnings.filterwarnings("ignore", message="prior='learned' is learned")
+    if any(record["name"] == settings.name for record in records.read(out)):
+        return True  # by another process, since this one was given its list
     parts = data.load(root)
-    checkpoint = out.parent / f".{settings.name}.pt"
+    checkpoint = out.parent / f".{out.stem}-{settings.name}.pt"
+    error = ""
     try:
         measured = train(
             settings, parts, device=device, checkpoint=checkpoint, deadline=deadline, bar=bar
         )
     except OutOfTimeError:
         return False
-    except FloatingPointError as error:
-        tqdm.write(f"{settings.name} ended: {error}", file=sys.stderr)
+    except ValueError as refused:  # the rest of a sweep goes on
+        tqdm.write(f"{settings.name} was not run: {refused}", file=sys.stderr)
         return False
-    records.append(records.make_record(settings, measured, preset=preset, device=device), out)
+    except FloatingPointError as diverged:  # a result, too: it would be so again
+        error, measured = str(diverged), Measured()
+        tqdm.write(f"{settings.name} ended: {error}", file=sys.stderr)
+    record = records.make_record(
+        settings, measured, preset=preset, device=device, data=parts.fingerprint, error=error
+    )
+    records.append(record, out)
     checkpoint.unlink(missing_ok=True)
     return True
 

@@ -70,7 +70,7 @@ def test_wheel_and_sdist(source: Path, tmp_path: Path) -> None:
     requires = metadata.get_all("Requires-Dist") or []
     core = {line.split(">")[0] for line in requires if "extra ==" not in line}
     assert core == {"torch", "numpy"}
-    extras = {"lightly", "solo", "examples", "notebooks", "bench", "test"}
+    extras = {"lightly", "solo", "examples", "notebooks", "study", "bench", "test"}
     assert set(metadata.get_all("Provides-Extra") or []) == extras
     assert metadata["Requires-Python"] == ">=3.10"
 

@@ -32,6 +32,7 @@ from lightly.models.modules import (
 from lightly.models.modules.heads import VICRegProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from knn_study.settings import Settings
 
@@ -83,7 +84,7 @@ class BothWays(nn.Module):
 
 
 class SwaV(nn.Module):
-    """Prototypes' scores of the large views, and of the small ones if there are any."""
+    """lightly's loss, of the prototypes' scores of two views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class SwaV(nn.Module):
 
     def forward(self, scores: Views) -> Tensor:
         """A scalar."""
-        loss: Tensor = self.loss(scores[:2], scores[2:])
+        loss: Tensor = self.loss(scores, [])
         return loss
 
 
@@ -182,7 +183,9 @@ class Learner(nn.Module):
             self.predictor.normalize()  # type: ignore[union-attr, operator]
         projected = [self.head(self.backbone(view)) for view in views]
         if self.predictor is not None:
-            predicted = [self.predictor(view) for view in projected]
+            # Prototypes' scores are cosines; lightly's head leaves the normalisation to us.
+            inputs = [F.normalize(v) for v in projected] if method == "swav" else projected
+            predicted = [self.predictor(view) for view in inputs]
         if self.teacher_backbone is not None and self.teacher_head is not None:
             with torch.no_grad():
                 target = [self.teacher_head(self.teacher_backbone(v)) for v in views[:2]]

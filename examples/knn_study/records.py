@@ -19,14 +19,18 @@ from knn_study.training import Measured
 Record = dict[str, Any]
 
 
-def make_record(settings: Settings, measured: Measured, *, preset: str, device: str) -> Record:
-    """What is known of a run."""
+def make_record(
+    settings: Settings, measured: Measured, *, preset: str, device: str, data: str, error: str = ""
+) -> Record:
+    """What is known of a run; ``data`` is the fingerprint, ``error`` why it did not end well."""
     return {
         "name": settings.name,
         "preset": preset,
         "settings": asdict(settings),
         **asdict(measured),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
+        "data": data,
+        "error": error,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("climb-plugin", "torch", "lightly", "kornia")},

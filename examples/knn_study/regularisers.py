@@ -97,4 +97,5 @@ class Penalised(nn.Module):
         """The loss of these arguments, plus the penalty of the forward calls since the last."""
         views, self._views = self._views, []
         loss: Tensor = self.loss(*args, **kwargs)
+        self.base = loss.detach()
         return loss + self.beta * self.penalty(views)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -42,7 +42,7 @@ def rows(records: Sequence[Record], *, who: str = "student") -> list[Row]:
     """
     found: dict[Settings, Row] = {}
     for record in records:
-        if who not in record["test"]:
+        if who not in record["test"] or record.get("error"):
             continue
         settings = settings_of(record)
         key = replace(settings, seed=0)
@@ -116,9 +116,20 @@ def table(
     below = ", ".join(f"{_named(name)} {_text(value)}" for name, value in common.items())
     of_all = [
         f"k-NN accuracy of the {who} in per cent, mean ± standard deviation over seeds; {below}.",
+        *_failures(records),
         f"{len(records)} runs, median {seconds:.0f} s; {_listed(records)}.",
     ]
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *of_all])
+
+
+def _failures(records: Sequence[Record]) -> Iterator[str]:
+    for record in records:
+        if record.get("error"):
+            settings = settings_of(record)
+            yield (
+                f"Not in the table: {settings.method}, {described(settings)}, seed "
+                f"{settings.seed}, which ended with {record['error']}"
+            )
 
 
 def described(settings: Settings) -> str:

@@ -14,10 +14,15 @@ REGULARISERS = ("plain", "climb", "noise", "norm", "invariance", "decay")
 
 
 def option(
-    default: Any, text: str, choices: tuple[str, ...] | None = None, least: float = 0
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] | None = None,
+    least: float = 0,
+    most: float = math.inf,
 ) -> Any:
     """A setting with its explanation, and what it may be."""
-    return field(default=default, metadata={"help": text, "choices": choices, "least": least})
+    bounds = {"least": least, "most": most}
+    return field(default=default, metadata={"help": text, "choices": choices, **bounds})
 
 
 @dataclass(frozen=True)
@@ -34,23 +39,25 @@ class Settings:
     # The data
     images: int = option(45_000, "training images, of 45,000", least=1)
     bank: int = option(45_000, "labelled training images that the k-NN knows", least=200)
-    crop: float = option(0.2, "smallest share of the image in a large view")
+    crop: float = option(0.2, "smallest share of the image in a large view", most=1)
     local_views: int = option(4, "of DINO: small views, 16 pixels wide, beside the two large")
-    mismatched: float = option(0.0, "fraction of images whose other views show another image")
+    mismatched: float = option(
+        0.0, "fraction of images whose other views show another image", most=1
+    )
     # The training
     epochs: int = option(100, "passes over the images", least=1)
     batch: int = option(256, "images in a step", least=2)
     optimizer: str = option("sgd", "momentum 0.9 for sgd", ("sgd", "adamw"))
     lr: float = option(0.12, "learning rate at its highest: warm-up of 5 %, then a cosine")
     weight_decay: float = option(5e-4, "of all parameters")
-    momentum: float = option(0.99, "of the teacher at the start; a cosine takes it to 1")
+    momentum: float = option(0.99, "of the teacher at the start; a cosine takes it to 1", most=1)
     temperature: float = option(0.5, "of SimCLR and MoCo")
     hidden: int = option(2048, "width inside projection and prediction heads", least=1)
     embedding: int = option(256, "width at the end of the projection", least=2)
     prototypes: int = option(2048, "of DINO and SwAV", least=2)
     # The regulariser
     regulariser: str = option("plain", "what is added to the loss", REGULARISERS)
-    beta: float = option(0.0, "its weight")
+    beta: float = option(0.0, "its weight; of decay: added to weight_decay")
     at: str = option("projection", "where it acts", ("projection", "features"))
     prior: str = option("standard", "of climb", ("standard", "learned", "view"))
     alpha: float = option(0.0, "of climb: weight of the entropy beside the rate")
@@ -69,8 +76,13 @@ class Settings:
                 if value not in allowed["choices"]:
                     known = ", ".join(allowed["choices"])
                     raise ValueError(f"{entry.name} must be one of {known}, got {value!r}")
-            elif not (math.isfinite(value) and value >= allowed["least"]):
-                raise ValueError(f"{entry.name} must be at least {allowed['least']}, got {value!r}")
+            elif not (math.isfinite(value) and allowed["least"] <= value <= allowed["most"]):
+                raise ValueError(
+                    f"{entry.name} must be from {allowed['least']} to {allowed['most']}, "
+                    f"got {value!r}"
+                )
+        if self.warmup and self.target_rate:
+            raise ValueError("warmup has no effect with target_rate: leave one of them away")
         if "beta" in USED[self.regulariser] and not (self.beta or self.target_rate):
             raise ValueError(f"regulariser={self.regulariser!r} needs beta > 0, got {self.beta}")
         idle = [name for name in REGULARISATION[1:] if self._idle(name)]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from climb_plugin import ClimbLoss
 from knn_study.data import Labelled, Parts, RandomViews, normalised
 from knn_study.methods import METHODS, Learner
-from knn_study.regularisers import regularised
+from knn_study.regularisers import Penalised, regularised
 from knn_study.settings import Settings
 
 NEIGHBOURS, TEMPERATURE = 200, 0.1  # of the k-NN: lightly's benchmarks
@@ -62,12 +62,13 @@ def train(
         parts: The images.
         device: As torch names it.
         checkpoint: Replaced after every epoch.
-        deadline: Value of ``time.monotonic()`` from which no further epoch is begun.
+        deadline: Value of ``time.monotonic()`` by which the last epoch should have ended.
         bar: Whether to show progress.
 
     Raises:
         OutOfTimeError: At the deadline.
-        ValueError: If ``checkpoint`` is damaged, or of other settings.
+        FloatingPointError: If the loss is not finite any more.
+        ValueError: If ``checkpoint`` is damaged, or of other settings, images or device.
     """
     run = _Run(settings, parts, device)
     done = run.load(checkpoint)
@@ -75,8 +76,11 @@ def train(
     with tqdm(
         total=steps, initial=done * run.steps, desc=settings.name, unit="step", disable=not bar
     ) as progress:
+        before, longest = math.inf, 0.0
         for epoch in range(done, settings.epochs):
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            before, longest = now, max(longest, now - before)
+            if now + longest > deadline:
                 raise OutOfTimeError
             run.epoch(epoch, progress)
             run.save(checkpoint, epoch + 1)
@@ -93,6 +97,7 @@ class _Run:
                 "to train on (without those for validation)"
             )
         self.cuda = device.startswith("cuda")
+        self.made_on = {"data": parts.fingerprint, "device": device.split(":")[0]}
         self.train = parts.train.part(0, settings.images).to(device)
         self.bank = parts.train.part(0, settings.bank).to(device)
         self.validation, self.test = parts.validation.to(device), parts.test.to(device)
@@ -114,7 +119,9 @@ class _Run:
             settings, local=settings.local_views if settings.method == "dino" else 0
         )
         if self.cuda:
-            self.learner.backbone.compile()
+            # Runs of one process would share what is compiled, until there is too much of it.
+            torch.compiler.reset()
+            self.learner.backbone.compile(dynamic=False)
         self.measured = Measured()
 
     def _trained(self) -> Iterator[nn.Parameter]:
@@ -139,9 +146,9 @@ class _Run:
         means = torch.stack(logs).mean(0).tolist()  # waits for the device, once an epoch
         took = time.perf_counter() - began
         measured.base_loss.append(means[0])
-        if len(means) > 1:
+        if isinstance(self.criterion, ClimbLoss):
             measured.rate.append(means[1])
-            measured.beta.append(means[2])
+            measured.beta.append(float(self.criterion.terms.beta))
         if not math.isfinite(means[0]):
             raise FloatingPointError(f"the loss of epoch {epoch + 1} is {means[0]}")
         last = epoch + 1 == settings.epochs
@@ -159,23 +166,27 @@ class _Run:
         measured.images_per_second = max(before, speed)  # the first epoch compiles
 
     def _step(self, images: Tensor, epoch: int) -> Tensor:
-        """Trains on a batch; returns base loss and, with posteriors, rate and beta."""
+        """Trains on a batch; returns the base loss and, with posteriors, the rate."""
         views = [v.contiguous(memory_format=torch.channels_last) for v in self.views(images)]
         with torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext():
             outputs = self.learner(views)
         outputs = tuple(_in_float32(output) for output in outputs)
         more = {"epoch": epoch} if self.settings.method == "dino" else {}
-        loss: Tensor = self.criterion(*outputs, **more)
+        try:
+            loss: Tensor = self.criterion(*outputs, **more)
+        except ValueError as error:  # ClimbLoss looks at each value
+            raise FloatingPointError(str(error)) from error
         self.optimizer.zero_grad()
         loss.backward()
         if isinstance(self.learner.head, DINOProjectionHead):
             self.learner.head.cancel_last_layer_gradients(epoch)
         self.optimizer.step()
         self.decay.step()
-        if not isinstance(self.criterion, ClimbLoss):
-            return loss.detach().view(1)
-        terms = self.criterion.terms
-        return torch.stack([terms.base, terms.rate, terms.beta.to(terms.base)])
+        if isinstance(self.criterion, ClimbLoss):
+            return torch.stack([self.criterion.terms.base, self.criterion.terms.rate])
+        if isinstance(self.criterion, Penalised):
+            return self.criterion.base.view(1)
+        return loss.detach().view(1)
 
     @torch.no_grad()
     def _knn(self, asked: Labelled) -> dict[str, float]:
@@ -218,6 +229,7 @@ class _Run:
         """Replaces the file in one step: it is whole at every moment."""
         state = {
             "settings": asdict(self.settings),
+            "made_on": self.made_on,
             "epochs": epochs,
             "measured": asdict(self.measured),
             # MoCo's memory bank is in no state dict.
@@ -239,7 +251,7 @@ class _Run:
         if not path.exists():
             return 0
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             before = state["settings"]
         except Exception as error:  # of many types, if the file is something else
             raise ValueError(
@@ -248,6 +260,10 @@ class _Run:
             ) from error
         if before != asdict(self.settings):
             raise ValueError(f"{path} was made with other settings: {before}")
+        if state["made_on"] != self.made_on:
+            raise ValueError(
+                f"{path} was made on {state['made_on']}, this is {self.made_on}: use another --out"
+            )
         for name, owner in self._owners().items():
             owner.load_state_dict(state[name])
         for name, buffer in self.criterion.named_buffers():

@@ -107,8 +107,13 @@ class TestSettings:
         ("wrong", "message"),
         [
             ({"method": "dinov3"}, "method must be one of dino, simclr.*got 'dinov3'"),
-            ({"epochs": 0}, "epochs must be at least 1, got 0"),
-            ({"lr": math.nan}, "lr must be at least 0, got nan"),
+            ({"epochs": 0}, "epochs must be from 1 to inf, got 0"),
+            ({"lr": math.nan}, "lr must be from 0 to inf, got nan"),
+            ({"crop": 1.5}, "crop must be from 0 to 1, got 1.5"),
+            (
+                {"regulariser": "climb", "warmup": 0.2, "target_rate": 9.0},
+                "warmup has no effect with target_rate",
+            ),
             ({"beta": 0.1}, "beta would have no effect with regulariser='plain'"),
             ({"regulariser": "norm", "beta": 0.1, "prior": "view"}, "prior would have no effect"),
             ({"regulariser": "climb"}, "regulariser='climb' needs beta > 0"),
@@ -128,7 +133,7 @@ class TestSettings:
             other = (
                 next(c for c in choices if c not in (entry.default, "plain", "climb", "noise"))
                 if choices
-                else entry.default + 1
+                else min(entry.default + 1, entry.metadata["most"])
             )
             changed = {**base, entry.name: other}
             if entry.name == "regulariser":
@@ -279,6 +284,18 @@ def test_twins_begin_alike_and_see_the_same_views(
     assert (start.keys() != before.keys()) == bool(options)
 
 
+def test_scores_of_swav_are_cosines() -> None:
+    from knn_study.methods import Learner
+
+    torch.manual_seed(0)
+    learner = Learner(settings(method="swav"))
+    with torch.no_grad():
+        learner.head.layers[-1].weight.mul_(100)
+    (scores,) = learner([torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32)])
+    # But for the bias that the prototypes have, below 1 / sqrt(8).
+    assert all(score.abs().max() <= 1.36 for score in scores)
+
+
 class TestRegularisers:
     def losses(self, **values: Any) -> tuple[Any, Any, list[Tensor]]:
         from knn_study.methods import METHODS, Learner
@@ -391,6 +408,16 @@ class TestResume:
         with pytest.raises(ValueError, match="was made with other settings"):
             run(method="simclr", seed=1)
 
+    def test_a_checkpoint_of_other_images_is_refused(
+        self, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from knn_study.data import Parts
+
+        run(method="simclr")
+        monkeypatch.setattr(Parts, "fingerprint", "other")
+        with pytest.raises(ValueError, match=r"was made on .*: use another --out"):
+            run(method="simclr")
+
     def test_a_killed_process(self, file: Path, tmp_path: Path) -> None:
         """SIGKILL between the first checkpoint and the end; the next start ends with the same."""
         lines = []
@@ -478,15 +505,36 @@ class TestRuns:
         with pytest.raises(ValueError, match="images=96 and bank=271, but there are 270 images"):
             run(method="simclr", bank=271)
 
-    def test_a_loss_that_is_not_finite_ends_the_run_with_a_message(
+    @pytest.mark.parametrize("options", [{}, {"regulariser": "climb", "beta": 1e-3}], ids=str)
+    def test_a_run_that_diverges_is_a_result_and_the_sweep_goes_on(
+        self,
+        study: ModuleType,
+        file: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        options: dict[str, Any],
+    ) -> None:
+        sweep, out = tmp_path / "sweep.txt", tmp_path / "runs.jsonl"
+        sweep.write_text("--lr 1e30,1e-3\n")
+        arguments = [*words(data=file, out=out, sweep=sweep, method="simclr"), *words(**TINY)]
+        arguments = [*arguments, *words(**options)]
+        for _ in range(2):
+            assert study.main(arguments) == 0
+            said = capsys.readouterr()
+            assert len(out.read_text().splitlines()) == 2
+            assert "Not in the table: simclr," in said.out
+            assert "| 1 |" in said.out
+        assert not list(tmp_path.glob(".*"))
+
+    def test_a_run_that_is_refused_leaves_the_rest_of_the_sweep(
         self, study: ModuleType, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        out = tmp_path / "runs.jsonl"
-        options = {**TINY, "lr": 1e30}
-        arguments = [*words(data=file, out=out), *words(**options), "--method", "simclr"]
+        sweep, out = tmp_path / "sweep.txt", tmp_path / "runs.jsonl"
+        sweep.write_text("--bank 271,200\n")
+        arguments = [*words(data=file, out=out, sweep=sweep, method="simclr"), *words(**TINY)]
         assert study.main(arguments) == 1
-        assert "ended: the loss of epoch" in capsys.readouterr().err
-        assert not out.exists()
+        assert "was not run: images=96 and bank=271" in capsys.readouterr().err
+        assert len(out.read_text().splitlines()) == 1
 
     def test_a_line_that_was_cut_short(self, tmp_path: Path) -> None:
         from knn_study import records
