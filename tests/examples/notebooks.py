@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None, folder: Path = EXAMPLES) -> int:
     """Executes the notebooks that are named; returns how many failed."""
     parser = argparse.ArgumentParser(description="Executes the notebooks in examples/.")
     parser.add_argument("names", nargs="*", help="beginnings, as 01 (default: all)")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each notebook")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each notebook")
     args = parser.parse_args(argv)
     sources = sorted(folder.glob("0*.py"))
     for name in args.names:
