@@ -2,15 +2,24 @@
 
 import torch
 
-from climb_plugin.head import GaussianHead, Posterior
+from climb_plugin.gaussian import Posterior
+from climb_plugin.head import GaussianHead
 from climb_plugin.loss import ClimbLoss, ClimbTerms
 from climb_plugin.monitor import Measurements
-from climb_plugin.noise import NoiseStream
 from climb_plugin.schedule import Constant, Cosine, Exponential, Linear, TargetRate
+from climb_plugin.wrap import unwrap, wrap
 
 __version__ = "0.1.0"
 
-__all__ = ["ClimbLoss", "ClimbTerms", "GaussianHead", "__version__"]
+__all__ = [
+    "ClimbLoss",
+    "ClimbTerms",
+    "GaussianHead",
+    "TargetRate",
+    "__version__",
+    "unwrap",
+    "wrap",
+]
 
 # Values without code of their own: a checkpoint with one of them loads with weights_only=True.
 torch.serialization.add_safe_globals(
@@ -21,7 +30,6 @@ torch.serialization.add_safe_globals(
         Exponential,
         Linear,
         Measurements,
-        NoiseStream,
         Posterior,
         TargetRate,
     ]

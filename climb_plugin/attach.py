@@ -1,8 +1,8 @@
-"""Puts a Gaussian head into a projection head that is already there."""
+"""Hangs a Gaussian head on a module that is there, and takes it off again."""
 
 from __future__ import annotations
 
-import zlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,52 +11,49 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from climb_plugin._torch import (
+    backward_pass,
+    has_hook,
+    is_compiled,
+    is_compiled_in_place,
+    is_replica,
+)
 from climb_plugin.head import GaussianHead
-from climb_plugin.objects import living
-from climb_plugin.probe import Probe, end_of_projection, first_layer, input_width
+from climb_plugin.probe import Place, find_place
 
 NAME = "gaussian"
-"""Name of the submodule that holds the head."""
-
-PLACES = ("projection", "features")
+"""Name of the submodule that holds the head's parameters."""
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where a head goes: behind a submodule of the student (and of its teacher), or before it.
+class Attached:
+    """A head on a module: what :func:`attach` returns, and ``ClimbLoss(heads=...)`` takes.
+
+    Attributes of the head can be read through it.
 
     Attributes:
-        student: The student's projection head.
-        teacher: The teacher's, or None.
-        path: Name of the submodule, as in ``named_modules()``.
-        before: Whether the head acts on its input.
-        width: Width of the embedding there.
+        head: The student's head.
+        student: The module whose output (or input) is sampled.
+        teacher: The module that the frozen twin hangs on, or None.
     """
 
-    student: nn.Module
-    teacher: nn.Module | None
-    path: str
-    before: bool
-    width: int
+    def __init__(
+        self, head: GaussianHead, student: nn.Module, teacher: nn.Module | None, hung: list[_Hung]
+    ) -> None:
+        self.head = head
+        self.student = student
+        self.teacher = teacher
+        self._hung = hung
 
-    def make_head(self, *, init_std: float) -> GaussianHead:
-        """A head that fits, on the device and in the dtype of the student; not in place yet."""
-        parameter = next(self.student.parameters())
-        # Several heads of one model shall not draw the same noise. Biases start all alike.
-        matrix = next((p for p in self.student.parameters() if p.ndim > 1), parameter)
-        weights = matrix.detach().flatten()[:64].to("cpu", torch.float32)
-        seed = torch.initial_seed() ^ zlib.crc32(weights.numpy().tobytes())
-        head = GaussianHead(self.width, init_std=init_std, seed=seed)
-        return head.to(parameter.device, parameter.dtype)
+    def remove(self) -> None:
+        """Takes the heads off again; student and teacher are what they were before."""
+        modules = [self.student] if self.teacher is None else [self.student, self.teacher]
+        for hung, module in zip(self._hung, modules, strict=True):
+            hung.remove(module)
 
-    def hang(self, head: GaussianHead) -> None:
-        """Puts ``head`` into the student, and its twin into the teacher."""
-        reference = next((p for p in self.student.parameters() if p.requires_grad), None)
-        if reference is not None:
-            _OptimizerWatch(reference, head)
-        if self.teacher is not None:
-            _hang(self.teacher.get_submodule(self.path), head.teacher(), before=self.before)
-        _hang(self.student.get_submodule(self.path), head, before=self.before)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "head" not in self.__dict__:  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.head, name)
 
 
 def attach(
@@ -65,10 +62,12 @@ def attach(
     teacher: nn.Module | None = None,
     at: str = "projection",
     init_std: float = 0.1,
-) -> GaussianHead:
-    """Puts a Gaussian head into ``student`` in place, and its twin into ``teacher``.
+) -> Attached:
+    """Hangs a Gaussian head on ``student``, and a frozen twin on ``teacher``.
 
-    Call it before the optimiser is built: the head's parameters are new.
+    A forward hook samples; no layer is added, so indices, ``len`` and the keys of the state dict
+    mean what they meant. The head's parameters are hosted by the last layer, under ``gaussian``.
+    Call it before the optimiser is built: they are new.
 
     Args:
         student: The projection head that is trained.
@@ -78,7 +77,7 @@ def attach(
         init_std: Standard deviation at the start, in units of the embedding.
 
     Returns:
-        The student's head.
+        A handle with the head and ``remove()``.
 
     Raises:
         TypeError: If student or teacher is no module.
@@ -87,70 +86,194 @@ def attach(
 
     Examples:
         >>> projection = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-        >>> attach(projection).out_features
-        4
-        >>> [name for name, _ in projection.named_children()]
-        ['0', '1', '2', 'gaussian']
+        >>> attached = attach(projection)
+        >>> attached.head.out_features, [name for name, _ in projection.named_children()]
+        (4, ['0', '1', '2'])
+        >>> attached.remove()
+        >>> any(isinstance(part, GaussianHead) for part in projection.modules())
+        False
     """
-    placement = find_place(student, teacher=teacher, at=at)
-    head = placement.make_head(init_std=init_std)
-    placement.hang(head)
-    return head
+    place = checked_place(student, teacher=teacher, at=at)
+    return hang(place, student, teacher, init_std=init_std)
 
 
-def find_place(
-    student: nn.Module, *, teacher: nn.Module | None = None, at: str = "projection"
-) -> Placement:
-    """Finds where :func:`attach` puts its head, and changes nothing.
-
-    The place is found by what the module does: it runs on a few random rows (in ``eval()``,
-    without gradients, without touching torch's random numbers or its buffers). Where rescaling
-    the output of a submodule leaves the result as it is, and changing its sign changes that of
-    the result (up to a bias), an L2 normalisation follows, perhaps with prototypes, and the
-    Gaussian belongs before it.
-
-    Args:
-        student: As in :func:`attach`.
-        teacher: As in :func:`attach`.
-        at: As in :func:`attach`.
+def checked_place(student: nn.Module, *, teacher: nn.Module | None, at: str) -> Place:
+    """Finds where :func:`attach` hangs its head, and changes nothing.
 
     Raises:
-        TypeError: As in :func:`attach`.
-        ValueError: As in :func:`attach`.
+        TypeError: As :func:`attach`.
+        ValueError: As :func:`attach`.
     """
-    if at not in PLACES:
-        raise ValueError(f"at must be one of {', '.join(map(repr, PLACES))}, got {at!r}.")
     _check_module("student", student)
     if teacher is not None:
         _check_module("teacher", teacher)
         _check_pair(student, teacher)
-    width = input_width(student)
-    probe = Probe(student, width)
-    if at == "features":
-        path, before = first_layer(student), True
-    else:
-        path, before, width = end_of_projection(probe)
-    if hasattr(student.get_submodule(path), NAME):
-        raise ValueError(
-            f"{NAME!r} is what the head is called in its place, and {path or 'student'} has an "
-            "attribute of that name: rename yours."
-        )
-    return Placement(student, teacher, path, before, width)
+    return find_place(student, at=at)
+
+
+def hang(
+    place: Place, student: nn.Module, teacher: nn.Module | None, *, init_std: float
+) -> Attached:
+    """Hangs a head in a place that was found, and a frozen twin on ``teacher``."""
+    parameter = next(student.parameters())
+    with torch.device(parameter.device):
+        head = GaussianHead(place.width, init_std=init_std).to(parameter.dtype)
+    hung = [_Hung(head, place)]
+    if teacher is not None:
+        # A copy: to build one would begin the noise of a run.
+        hung.append(_Hung(copy.deepcopy(head).requires_grad_(False), place))
+        hung[1].hang(teacher)
+    hung[0].hang(student)
+    return Attached(head, student, teacher, hung)
+
+
+@dataclass(eq=False)
+class _Hung:
+    """A head that hangs on a module; its methods are the hooks, so a copy of the module takes it.
+
+    It must not refer to the module: nothing but the garbage collector would free that circle.
+    """
+
+    head: GaussianHead
+    place: Place
+
+    def __post_init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._inside = False
+
+    def hang(self, module: nn.Module) -> None:
+        host = _host(module)
+        if hasattr(host, NAME):
+            raise ValueError(
+                f"{NAME!r} is what the head is called in its place, and {type(host).__name__} has "
+                "an attribute of that name: rename yours."
+            )
+        self.head.train(module.training)
+        host.add_module(NAME, self.head)
+        # First in the order of hooks, so that those of the user see the sample.
+        before = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+        self._handles = [before]
+        if not self.place.before:
+            self._handles.append(self._hook(module.get_submodule(self.place.path)))
+        if self.place.is_shared:
+            self._handles.append(module.register_forward_hook(self._leave, prepend=True))
+
+    def remove(self, module: nn.Module) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for part in module.modules():
+            if dict(part.named_children()).get(NAME) is self.head:
+                delattr(part, NAME)
+
+    def _hook(self, part: nn.Module) -> RemovableHandle:
+        return part.register_forward_hook(self._sample_output, prepend=True)
+
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.place.is_shared:
+            self._inside = True
+        if self.head.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._check(module)
+        return self._sample_input(module, args, kwargs) if self.place.before else None
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self._inside = False
+
+    def _sample_output(self, part: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # A backward pass may run a part of the module alone again: then it is the module's too.
+        if self.place.is_shared and not self._inside and backward_pass() is None:
+            return output
+        return self._sampled(part, output)
+
+    def _sample_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self._sampled(module, args[0]), *args[1:]), kwargs
+        if len(kwargs) != 1:
+            raise TypeError(
+                f"{type(module).__name__} must be given its embedding as the first positional "
+                f"argument, because CLIMB samples it; got {', '.join(kwargs) or 'none'}."
+            )
+        ((name, embedding),) = kwargs.items()
+        return args, {name: self._sampled(module, embedding)}
+
+    def _sampled(self, module: nn.Module, embedding: Tensor) -> Tensor:
+        # A replica's hooks are the original's, whose head is on another device.
+        if is_replica(module) and not self.head.training:
+            return embedding
+        if is_replica(module):
+            raise RuntimeError(
+                "CLIMB cannot train in nn.DataParallel, which runs copies of the model that last "
+                "for one forward. Train on one GPU, or use DistributedDataParallel."
+            )
+        sample: Tensor = self.head(embedding)
+        return sample
+
+    def _check(self, module: nn.Module) -> None:
+        """Sees to it that the head is where it was hung, though the host was taken apart.
+
+        Raises:
+            RuntimeError: If something of it was lost.
+        """
+        if not any(part is self.head for part in module.modules()):
+            raise RuntimeError(
+                f"the layer of {type(module).__name__} that held the parameters of its "
+                "GaussianHead was replaced or removed, so model.parameters() and checkpoints lack "
+                "them: take CLIMB out before such a change (unwrap) and wrap the loss after it."
+            )
+        if self.place.before or not self.place.path:
+            return
+        try:
+            part = module.get_submodule(self.place.path)
+        except AttributeError as error:
+            raise RuntimeError(
+                f"the layer {self.place.path!r} of {type(module).__name__}, whose output is "
+                f"sampled, was replaced or removed ({error}): take CLIMB out before such a change "
+                "(unwrap) and wrap the loss after it."
+            ) from error
+        if not has_hook(part, self._handles[1].id):
+            # Replaced by a conversion (synchronised batch norm, LoRA): on with what is there now.
+            self._handles[1].remove()
+            self._handles[1] = self._hook(part)
+
+
+def _host(module: nn.Module) -> nn.Module:
+    """The last layer of the last layer, and so on, that the module has only once.
+
+    As a child of that the head is in the model's parameters and checkpoints, and whoever indexes,
+    iterates or cuts off layers finds those of the host alone.
+    """
+    places = [part for _, part in module.named_modules(remove_duplicate=False)]
+    while True:
+        children = [child for child in module.children() if places.count(child) == 1]
+        if not children:
+            return module
+        module = children[-1]
 
 
 def _check_module(role: str, module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{role} must be a torch module, got {type(module).__name__}.")
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(module, parallel) or hasattr(module, "_orig_mod"):  # torch.compile's
+    if isinstance(module, parallel) or is_compiled(module):
         raise ValueError(
             f"{role} is wrapped in {type(module).__name__}, which would not see the new "
             "parameters: wrap the loss first, then the model."
         )
+    if any(is_compiled_in_place(part) for part in module.modules()):
+        raise ValueError(
+            f"{role} was compiled in place by compile(), so what is hung on it would not run: "
+            "wrap the loss first, then compile."
+        )
     if any(isinstance(part, GaussianHead) for part in module.modules()):
         raise ValueError(
-            f"{role} holds a GaussianHead already, so it was wrapped before: keep the criterion "
-            "of the first call, or build the model anew."
+            f"{role} holds a GaussianHead already, so it was wrapped before (or shares a layer "
+            "with a module that was). For a second loss on the same head: ClimbLoss(loss, "
+            "heads=first.heads, beta=...) with the criterion of the first. To wrap anew: "
+            "unwrap(first) before."
         )
 
 
@@ -181,91 +304,3 @@ def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
-
-
-def _hang(module: nn.Module, head: GaussianHead, *, before: bool) -> None:
-    module.add_module(NAME, head)
-    if before:
-        module.register_forward_pre_hook(_sample_input)
-    elif not isinstance(module, nn.Sequential):  # which runs its last child by itself
-        module.register_forward_hook(_sample_output)
-
-
-def _sample_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    sample: Tensor = module.get_submodule(NAME)(output)
-    return sample
-
-
-def _sample_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not args:
-        raise TypeError(
-            f"{type(module).__name__} must be given its embedding as the first positional "
-            "argument: CLIMB samples it."
-        )
-    return module.get_submodule(NAME)(args[0]), *args[1:]
-
-
-class _OptimizerWatch:
-    """Raises if the student is moved while no optimiser holds the head that was put into it.
-
-    Versions tell what was moved. That the head was not says little: its optimiser may be another
-    one, which steps less often. So the optimisers are looked for, once, when only the student
-    was moved. One that holds the head and never steps is not told from one that will.
-    """
-
-    def __init__(self, reference: nn.Parameter, head: GaussianHead) -> None:
-        self._parameters = (reference, head.logvar.bias)
-        self._versions: tuple[int, ...] | None = None
-        self._handle: RemovableHandle | None = None
-        self._watched = head.before_draw
-        # Not a forward hook, which torch.compile would have to trace.
-        self._watched.append(self)
-        # A checkpoint of the plain model moves the projection head alone, and rightly so.
-        head.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            self._start_anew
-        )
-
-    def __call__(self) -> None:
-        bias = self._parameters[1]
-        if not bias.requires_grad:  # frozen by the user
-            self._versions = None
-            return
-        if self._handle is None:
-            self._handle = bias.register_hook(self._after_backward)
-        if self._versions is None:
-            return
-        moved, moved_head = (
-            parameter._version != version
-            for parameter, version in zip(self._parameters, self._versions, strict=True)
-        )
-        if not moved and not moved_head:
-            return
-        if not moved_head and not _is_held(bias):
-            raise RuntimeError(
-                "the optimiser updates the projection head but not the GaussianHead in it, and no "
-                "other one holds that: build the optimiser after the loss was wrapped, so that "
-                "model.parameters() holds the new parameters, or freeze the GaussianHead with "
-                "requires_grad_(False)."
-            )
-        self._handle.remove()
-        self._watched.remove(self)
-
-    def _after_backward(self, gradient: Tensor) -> None:
-        self._versions = tuple(parameter._version for parameter in self._parameters)
-
-    def _start_anew(self, *_: object) -> None:
-        self._versions = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The versions of a copy start anew, and a copied parameter has no hooks.
-        return {**self.__dict__, "_versions": None, "_handle": None}
-
-
-def _is_held(parameter: nn.Parameter) -> bool:
-    """Whether an optimiser of this process, whichever it is, was given ``parameter``."""
-    return any(
-        parameter is held
-        for optimizer in living(lambda kind: torch.optim.Optimizer in kind.__mro__)
-        for group in getattr(optimizer, "param_groups", ())  # it may be half built
-        for held in group["params"]
-    )

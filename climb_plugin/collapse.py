@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from climb_plugin.deferred import DeferredFlags
-from climb_plugin.head import Posterior
+from climb_plugin.gaussian import Posterior
 from climb_plugin.monitor import nats_to_bits, normalized_std, signal_to_noise
 
 EVERY = 50
@@ -74,8 +74,10 @@ class CollapseWatch:
         self._calls += 1
         if self._calls % EVERY or all(self._warned.values()):
             return
-        # The variance over a batch of one says nothing.
-        calls = [[view for view in views if view.mean.shape[-2] > 1] for views in calls]
+        # All rows count, of whatever dimensions: views may lie beside their image. The variance
+        # over a single row says nothing.
+        flat = [[Posterior(*(part.flatten(0, -2) for part in view)) for view in v] for v in calls]
+        calls = [[view for view in views if len(view.mean) > 1] for views in flat]
         if not all(calls):
             return
         with torch.no_grad():
@@ -101,7 +103,7 @@ class CollapseWatch:
         if not self._warned[which]:
             self._warned[which] = True
             # Past this class, the loss and torch's __call__, at the training step.
-            warnings.warn(f"CLIMB: {message()}", stacklevel=8)
+            warnings.warn(f"CLIMB: {message()}", stacklevel=9)
 
     def __reduce__(self) -> tuple[type[CollapseWatch], tuple[()]]:
         # A copy watches a run of its own.

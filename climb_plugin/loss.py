@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from climb_plugin._graph import noise
+from climb_plugin._graph.sample import Sample
+from climb_plugin._graph.walk import samples_behind
+from climb_plugin._run.missing import Wiring
+from climb_plugin._run.nesting import Nesting
+from climb_plugin._run.sign import SignWatch
+from climb_plugin._run.steps import Steps
+from climb_plugin._torch import is_batched, on_load, on_save, plain, without_transforms
+from climb_plugin.attach import Attached
 from climb_plugin.collapse import CollapseWatch
-from climb_plugin.compiled import eager
+from climb_plugin.door import Door, Short
 from climb_plugin.finite import FiniteCheck
-from climb_plugin.gaussian import conditional_entropy
-from climb_plugin.head import (
-    GaussianHead,
-    Posterior,
-    Record,
-    TeacherHead,
-    joined,
-    records_before,
-    records_of,
-)
+from climb_plugin.gaussian import Posterior, conditional_entropy
+from climb_plugin.head import GaussianHead, outside_compiled_code
 from climb_plugin.prior import make_priors, per_sample
 from climb_plugin.ranks import averaged, joining, several
 from climb_plugin.schedule import (
@@ -33,10 +34,11 @@ from climb_plugin.schedule import (
     as_schedule,
     checked_beta,
     checked_number,
+    checked_step,
 )
 
 _METADATA = "climb"
-_MODULE_SLOTS = frozenset({"base", "climb_priors"})
+Heads = GaussianHead | Attached | Sequence[GaussianHead | Attached]
 
 
 class ClimbTerms(NamedTuple):
@@ -49,7 +51,7 @@ class ClimbTerms(NamedTuple):
         rate: Nats, summed over dimensions, averaged over samples and views; NaN where no
             posterior was involved (beta 0 without heads, evaluation).
         entropy: The conditional entropy H(z | v), in nats, likewise.
-        beta: The weight that was in force.
+        beta: The weight that was in force; 0 where no posterior was involved.
     """
 
     total: Tensor
@@ -59,22 +61,26 @@ class ClimbTerms(NamedTuple):
     beta: Tensor
 
 
-class ClimbLoss(nn.Module):
+class ClimbLoss(Door):
     """``base + beta * (rate + alpha * entropy)``, called exactly like ``base``.
 
-    Every call adds the terms of the posteriors that the value of the base loss depends on. So a
-    criterion that is called once per view and averaged adds the rate once, an output that is
-    not used adds nothing, and a teacher's detached output adds nothing.
+    Every call adds the terms of all posteriors of its heads that the value of the base loss
+    depends on, and of no others. So a criterion that is called once per view and averaged adds
+    the rate once, an output that is not used adds nothing, and a teacher's mean adds nothing.
 
     Under ``torch.no_grad()``, or with every head in ``eval()``, it is the base loss alone.
-    Attributes of the base (``center``, ``teacher_temp``, ...) are read and set through it, and
-    their state dicts are interchangeable: its keys are those of the base (plus the parameters
-    of a learned prior), and the step of the schedule travels in the metadata.
+
+    It is the door to the base: attributes of the base (``center``, ``teacher_temp``, ...) are
+    read, set and deleted through it, and their state dicts are interchangeable: its keys are
+    those of the base (plus the parameters of a learned prior), and the step of the schedule
+    travels in the metadata. What is CLIMB's is in ``criterion.climb``; for most of it there is a
+    short name (``criterion.terms``, ``criterion.beta``). A short name that the base has as well
+    raises. So does a method of the base whose result depends on a sample.
 
     Args:
         base: A loss: any callable or module that returns a scalar tensor.
         heads: The head, or the heads, whose samples the loss is computed from; the rates of
-            several heads add up.
+            several heads add up. What :func:`~climb_plugin.attach.attach` returns is a head.
         beta: Weight of the bottleneck in units of the base loss per nat: a number, or a
             schedule over optimiser steps (:mod:`climb_plugin.schedule`).
         alpha: Weight of the conditional entropy. 0: information bottleneck. 1: the whole bound
@@ -92,29 +98,33 @@ class ClimbLoss(nn.Module):
 
     Raises:
         TypeError: If ``base`` is not callable or ``heads`` are not heads.
-        ValueError: If beta, alpha or free_nats is negative or not finite, if the prior is
-            unknown or has no use for ``views``, if there is no head while beta is not 0, or if
-            a target rate lies within the free nats.
+        ValueError: If ``base`` is or holds a ClimbLoss; if beta, alpha or free_nats is negative
+            or not finite, if the prior is unknown or has no use for ``views``, if there is no
+            head while beta is not 0, if a target rate lies within the free nats, or belongs to
+            another loss.
 
     Source: the objective reads Li et al., Contrastive Learning via Variational Information
     Bottleneck, TPAMI 47(9), 2025 (of which only the abstract was at hand) with the bound of
-    Alemi et al., Deep Variational Information Bottleneck, 2017; Prior, place and
-    beta are choices of this package, not the paper's.
+    Alemi et al., Deep Variational Information Bottleneck, 2017; prior, place and beta are
+    choices of this package, not the paper's.
 
     Examples:
         >>> head = GaussianHead(8)
         >>> loss = ClimbLoss(nn.functional.mse_loss, heads=head, beta=1e-3)
-        >>> loss(head(torch.zeros(4, 8)), torch.zeros(4, 8)).requires_grad
+        >>> loss(head(torch.randn(4, 8)), torch.zeros(4, 8)).requires_grad
         True
         >>> loss.terms._fields
         ('total', 'base', 'rate', 'entropy', 'beta')
     """
 
+    terms, heads, beta, step = Short(), Short(), Short(), Short()
+    schedule, alpha, prior, free_nats, set_step = Short(), Short(), Short(), Short(), Short()
+
     def __init__(
         self,
         base: Callable[..., Tensor],
         *,
-        heads: GaussianHead | Sequence[GaussianHead],
+        heads: Heads,
         beta: float | Schedule,
         alpha: float = 0.0,
         prior: str = "standard",
@@ -125,41 +135,27 @@ class ClimbLoss(nn.Module):
         super().__init__()
         if not callable(base):
             raise TypeError(f"base must be a loss that can be called, got {base!r}.")
-        self._heads = _checked_heads(heads)
-        self.schedule = as_schedule(beta)
-        if not self._heads and self.schedule != Constant(0.0):
+        if isinstance(base, nn.Module) and any(isinstance(m, ClimbLoss) for m in base.modules()):
             raise ValueError(
-                f"beta={beta} has nothing to act on: heads is empty. Pass the GaussianHead that "
-                "is in the model."
+                "this loss is or holds a ClimbLoss already, so the rate would count twice: wrap "
+                "the plain loss, once."
             )
-        self.alpha = checked_number("alpha", alpha)
-        self.free_nats = checked_number("free_nats", free_nats)
-        free = self.free_nats * len(self._heads)
-        if isinstance(self.schedule, TargetRate) and self.schedule.nats <= free:
-            raise ValueError(
-                f"a target rate of {self.schedule.nats} nats cannot be held while {free} nats are "
-                "free: below these no beta has an effect. Lower free_nats or raise the target."
-            )
-        self.check_base = check_base
-        self.prior = prior
-        widths = [head.out_features for head in self._heads]
+        checked = _checked_heads(heads)
+        widths = [head.out_features for head in checked]
         self.climb_priors = nn.ModuleList(make_priors(prior, widths, views=views))
-        if any(True for _ in self.climb_priors.parameters()):
-            warnings.warn(
-                f"prior={prior!r} is learned and its parameters belong to the loss: add "
-                "list(loss.parameters()) to the optimiser, or it stays at N(0, I).",
-                stacklevel=2,
-            )
-        self._step = 0
-        self._terms: ClimbTerms | None = None
-        self._finite = FiniteCheck()
-        self._ranks_checked = False
-        self._collapse = CollapseWatch()
         self.base = base
-        self._register_state_dict_hook(_save_as_base)  # type: ignore[no-untyped-call]
-        self._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            _load_from_base, with_module=True
+        self.climb = Climb(
+            heads=checked,
+            schedule=as_schedule(beta),
+            alpha=checked_number("alpha", alpha),
+            prior=prior,
+            priors=self.climb_priors,
+            free_nats=checked_number("free_nats", free_nats),
+            check_base=check_base,
         )
+        self.climb.attached = _attached(heads)
+        on_save(self, _save_as_base)
+        on_load(self, _load_from_base)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base loss of these arguments, passed on verbatim, plus the bottleneck.
@@ -168,140 +164,220 @@ class ClimbLoss(nn.Module):
             A scalar tensor; a tensor with one element if that is what the base returns.
 
         Raises:
-            RuntimeError: If a head is in training, but the base loss depends on none of its
-                samples; if a target rate meets the ``join()`` of DistributedDataParallel.
+            RuntimeError: If a head that trains has no sample that the base loss depends on; if
+                a target rate meets the ``join()`` of DistributedDataParallel; under vmap.
             TypeError: If the base loss returns no tensor.
             ValueError: If the base loss returns more than a scalar; if ``prior="view"`` finds
                 views that do not pair up; if a term is NaN or infinite: the message
                 names it. On CUDA that comes a step or so late, because the check does not wait
                 for the device.
         """
-        return self._plus_bottleneck(_checked_scalar(self.base(*args, **kwargs)))
+        with self.climb.nesting:
+            value = self.base(*args, **kwargs)
+        return self.climb.added_to(_checked_scalar(value), self.base)
 
-    @eager
-    def _plus_bottleneck(self, value: Tensor) -> Tensor:
-        base = value.reshape(())
-        beta = self._beta()
-        base, calls = joined(base, self._calls(base))
-        if not calls:
-            nan = base.new_full((), math.nan)
-            self._terms = _detached(base, base, nan, nan, beta)
-            return value
-        if not self._ranks_checked and several():
-            self._check_ranks()
-        # One sum over heads: each head is a code of its own, and what they carry adds up.
-        rates = [prior(views) for prior, views in zip(self.climb_priors, calls, strict=True)]
-        rate = torch.stack([values.mean() for values in rates]).sum()
-        with torch.set_grad_enabled(self.alpha > 0):
-            entropies = [per_sample([conditional_entropy(*v) for v in views]) for views in calls]
-            entropy = torch.stack([values.mean() for values in entropies]).sum()
-        penalty = rate
-        if self.free_nats:
-            penalty = torch.stack([F.relu(v - self.free_nats).mean() for v in rates]).sum()
-        if self.alpha:
-            penalty = penalty + self.alpha * entropy
-        self._check_finite(base, rate, entropy, calls)
-        # The rate to another view says nothing about how near to a prior the posterior is.
-        fixed = None if self.prior == "view" else rates
-        self._collapse.observe(base=self.base, value=base, beta=beta, rates=fixed, calls=calls)
-        if penalty.requires_grad:
-            penalty.register_hook(_StepDone(self))
-            if isinstance(self.schedule, TargetRate):
-                self.schedule.observe(self._step, rate)
-        total = base + beta * penalty
-        self._terms = _detached(total, base, rate, entropy, beta)
-        # A view as the output of a module that FSDP shards would make it warn.
-        return total if value.ndim == 0 else total.reshape(value.shape)
+    def climb_state(self) -> dict[str, Any]:
+        """What a resumed run needs, in numbers and strings; part of the state dict's metadata.
 
-    @property
-    def heads(self) -> tuple[GaussianHead, ...]:
-        """The heads; they belong to the model."""
-        return self._heads
+        For hosts that keep a loss out of their checkpoints. Waits for the device if beta lives
+        there. To resume to the bit, save torch's random state at the same moment.
+        """
+        return self.climb.state()
+
+    def load_climb_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what :meth:`climb_state` returned.
+
+        Warns of each setting that was another one.
+
+        Raises:
+            ValueError: If ``state`` is something else; then nothing is changed.
+        """
+        self.climb.load_state(state)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        shown = {**self.climb.config(), "heads": str(len(self.climb.heads))}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+class Climb:
+    """The bottleneck of one criterion: what :class:`ClimbLoss` adds to its base.
+
+    Attributes:
+        heads: The heads; they belong to the model.
+        schedule: Beta over the optimiser steps.
+        alpha: Weight of the conditional entropy.
+        prior: Name of the prior.
+        free_nats: Nats that cost nothing.
+        attached: Where the heads hang, as far as :func:`~climb_plugin.attach.attach` hung them.
+    """
+
+    def __init__(
+        self,
+        *,
+        heads: tuple[GaussianHead, ...],
+        schedule: Schedule,
+        alpha: float,
+        prior: str,
+        priors: nn.ModuleList,
+        free_nats: float,
+        check_base: bool,
+    ) -> None:
+        self.heads = heads
+        self.schedule = schedule
+        self.alpha = alpha
+        self.prior = prior
+        self.free_nats = free_nats
+        self.attached: tuple[Attached, ...] = ()
+        self._check_settings()
+        self._priors = priors
+        self._terms: ClimbTerms | None = None
+        self.nesting = Nesting(active=bool(heads))
+        self._steps = Steps(heads, priors)
+        self._wiring = Wiring(heads)
+        self._finite = FiniteCheck(check_base=check_base)
+        self._collapse = CollapseWatch()
+        self._sign = SignWatch()
+        self._ranks_checked = False
+        if isinstance(schedule, TargetRate):
+            schedule.belong_to(self)
 
     @property
     def terms(self) -> ClimbTerms:
         """The terms of the last call, detached.
 
         Raises:
-            RuntimeError: If the loss has not been called yet.
+            AttributeError: If the loss has not been called yet.
         """
         if self._terms is None:
-            raise RuntimeError("there are no terms yet: call the loss first.")
+            raise AttributeError("there are no terms yet: call the loss first.")
         return self._terms
 
     @property
     def beta(self) -> float:
-        """The weight of the bottleneck at the current step."""
-        return float(self._beta())
+        """The weight of the bottleneck at the current step.
+
+        Raises:
+            AttributeError: If it cannot be told yet.
+        """
+        try:
+            return float(self._beta())
+        except ValueError as error:
+            raise AttributeError(str(error)) from error
 
     @property
     def step(self) -> int:
-        """The current optimiser step: the number of backward passes through this loss so far."""
-        return self._step
+        """The current optimiser step, which is the number of those done."""
+        return self._steps.count
 
     def set_step(self, step: int) -> None:
-        """Says which optimiser step comes next, where it is not the number of backward passes.
-
-        With gradient accumulation, call it before each loss with the number of optimiser steps
-        done.
+        """Says where the count of optimiser steps stands; it goes on from there.
 
         Raises:
             ValueError: If ``step`` is not an int of 0 or more.
         """
-        self._step = _checked_step(step)
+        self._steps.set(checked_step(step))
+
+    def added_to(self, value: Tensor, base: Callable[..., Tensor]) -> Tensor:
+        """The value of the base loss plus the bottleneck.
+
+        Args:
+            value: Of the base loss.
+            base: The base loss, whose centre tells how it collapses.
+        """
+        return outside_compiled_code(self._added_to)(value, base)
+
+    def _added_to(self, value: Tensor, base: Callable[..., Tensor]) -> Tensor:
+        if is_batched(value):
+            raise RuntimeError(
+                "a ClimbLoss cannot run under torch.vmap: CLIMB could not tell the posteriors of "
+                "the samples apart. Loop over what is mapped, or map criterion.base."
+            )
+        found = self._found(value)
+        scalar = value.reshape(())
+        posteriors = [[_posterior(one) for one in samples if _has_rows(one)] for samples in found]
+        chosen = [(p, views) for p, views in zip(self._priors, posteriors, strict=True) if views]
+        if not chosen:
+            self._terms = _detached(scalar, scalar, None, None, 0.0)
+            return value
+        beta = self._beta()
+        self._check_ranks()
+        # One sum over heads: each head is a code of its own, and what they carry adds up.
+        rates = [prior(views) for prior, views in chosen]
+        rate = torch.stack([values.mean() for values in rates]).sum()
+        with torch.set_grad_enabled(self.alpha > 0):
+            entropies = [
+                per_sample([conditional_entropy(*view) for view in views]) for _, views in chosen
+            ]
+            entropy = torch.stack([values.mean() for values in entropies]).sum()
+        penalty = rate
+        if self.free_nats:
+            penalty = torch.stack([F.relu(v - self.free_nats).mean() for v in rates]).sum()
+        if self.alpha:
+            penalty = penalty + self.alpha * entropy
+        total = scalar + beta * penalty
+        self._terms = _detached(total, scalar, rate, entropy, beta)
+        self._observe(scalar, beta, rates, [views for _, views in chosen], penalty, base)
+        # A view as the output of a module that FSDP shards would make it warn.
+        return total if value.ndim == 0 else total.reshape(value.shape)
+
+    def _found(self, value: Tensor) -> list[list[Sample]]:
+        """For each head its samples that count, or nothing in evaluation."""
+        if not self.heads or not torch.is_grad_enabled():
+            return [[] for _ in self.heads]
+        samples = samples_behind(value, set(self.heads))
+        found = [[one for one in samples if one.head is head] for head in self.heads]
+        self._wiring.check(value, found)
+        return found
+
+    def _observe(
+        self,
+        base: Tensor,
+        beta: float | Tensor,
+        rates: list[Tensor],
+        posteriors: list[list[Posterior]],
+        penalty: Tensor,
+        function: Callable[..., Tensor],
+    ) -> None:
+        """Lets everything look at a step that may warn, raise or count, and changes no number."""
+        terms = self.terms
+        self._finite.check(terms.base, terms.rate, terms.entropy, posteriors)
+        # The rate to another view says nothing about how near to a prior the posterior is.
+        fixed = None if self.prior == "view" else rates
+        self._collapse.observe(base=function, value=base, beta=beta, rates=fixed, calls=posteriors)
+        if not penalty.requires_grad:
+            return
+        if isinstance(self.schedule, TargetRate):
+            self.schedule.observe(self.step, terms.rate)
+        self._steps.loss_called(base)
+        penalty.register_hook(self._after_backward)
+
+    def _after_backward(self, gradient: Tensor) -> None:
+        self._steps.backward_done()
+        self._sign.check(gradient)
 
     def _beta(self) -> float | Tensor:
-        beta = self.schedule(self._step)
+        beta = self.schedule(self.step)
         return beta if isinstance(beta, Tensor) else checked_beta("the schedule's beta", beta)
 
-    def _calls(self, base: Tensor) -> list[list[Record]]:
-        """For each head its records that ``base`` depends on, or nothing in evaluation."""
-        if not self._heads or not torch.is_grad_enabled():
-            return []
-        records = self._records(base)
-        calls = [[r for r in records if r.head is head] for head in self._heads]
-        missing = [index for index, views in enumerate(calls) if not views]
-        if not missing:
-            return calls
-        if not any(head.training for head in self._heads):
-            if base.requires_grad:
-                raise RuntimeError(
-                    "every GaussianHead of this loss is in eval mode, so there is nothing to "
-                    "regularise: call model.train() before training, or evaluate under "
-                    "torch.no_grad()."
-                )
-            return []
-        raise RuntimeError(
-            "this loss depends on no sample of "
-            + " and ".join(
-                f"heads[{i}], GaussianHead({self._heads[i].extra_repr()})" for i in missing
+    def _check_settings(self) -> None:
+        if not self.heads and self.schedule != Constant(0.0):
+            raise ValueError(
+                f"beta={self.schedule!r} has nothing to act on: heads is empty. Pass the "
+                "GaussianHead that is in the model."
             )
-            + ": in a training step the model's forward must call it before the loss, with "
-            "gradients enabled, and its output must reach the loss undetached. Call the module "
-            "that holds it as module(x): module.forward(x) may skip it. Compiled code inside "
-            "torch.utils.checkpoint needs use_reentrant=False. To evaluate, use torch.no_grad()."
-        )
-
-    def _records(self, base: Tensor) -> list[Record]:
-        """The records of this loss's heads that ``base`` depends on, in the order of the calls."""
-        for head in self._heads:
-            head.collect()
-        found: dict[tuple[int, int], Record] = {}
-        frontier = records_of(base)
-        while frontier:
-            found.update({(id(record.head), record.call): record for record in frontier})
-            # A head may sit upstream of another one (features and projection). All heads of a
-            # checkpoint lie on its one node, and say nothing of the views that are in none.
-            complete = {id(head) for head in self._heads} <= {head for head, _ in found}
-            if complete and not any(record.held for record in found.values()):
-                break
-            upstream = [r for record in frontier for r in records_before(record)]
-            frontier = [r for r in upstream if (id(r.head), r.call) not in found]
-        return sorted(found.values(), key=lambda record: record.call)
+        free = self.free_nats * len(self.heads)
+        if isinstance(self.schedule, TargetRate) and self.schedule.nats <= free:
+            raise ValueError(
+                f"a target rate of {self.schedule.nats} nats cannot be held while {free} nats are "
+                "free: below these no beta has an effect. Lower free_nats or raise the target."
+            )
 
     def _check_ranks(self) -> None:
+        if self._ranks_checked or not several():
+            return
         self._ranks_checked = True
-        if any(True for _ in self.climb_priors.parameters()) and not averaged(self.climb_priors):
+        if any(True for _ in self._priors.parameters()) and not averaged(self._priors):
             warnings.warn(
                 f"prior={self.prior!r} is learned, and no DistributedDataParallel or FSDP module "
                 "holds this loss: each rank trains a prior of its own. Put model and loss into "
@@ -315,58 +391,26 @@ class ClimbLoss(nn.Module):
                 "schedule, or drop_last=True and as many batches on every rank instead of join()."
             )
 
-    def _check_finite(
-        self, base: Tensor, rate: Tensor, entropy: Tensor, calls: list[list[Posterior]]
-    ) -> None:
-        terms = {"rate": rate, "entropy": entropy}
-        if self.check_base:
-            terms = {"base loss": base, **terms}
-        values = torch.stack([term.detach().to(rate) for term in terms.values()])
-        bad = self._finite.non_finite(values)
-        if not bad:
-            return
-        causes = [
-            f"the {name} of heads[{i}], view {j}, has {count} non-finite values"
-            for i, views in enumerate(calls)
-            for j, view in enumerate(views)
-            for name, tensor in (("embedding or its mean", view.mean), ("logvar", view.logvar))
-            if (count := int((~torch.isfinite(tensor)).sum()))
-        ]
-        names = list(terms)
-        raise ValueError(
-            "not finite: "
-            + ", ".join(f"{names[i]} (now {float(values[i])})" for i in bad)
-            + (f"; {'; '.join(causes)}" if causes else "")
-            + ". Lower the learning rate, leave float16, or look for the first NaN with "
-            "torch.autograd.set_detect_anomaly(True)."
-        )
-
-    def climb_state(self) -> dict[str, Any]:
-        """What a resumed run needs, in numbers and strings; part of the state dict's metadata.
-
-        For hosts that keep a loss out of their checkpoints. Waits for the device if beta lives
-        there.
-        """
-        state: dict[str, Any] = {"step": self.step, **self._config()}
+    def state(self) -> dict[str, Any]:
+        """As :meth:`ClimbLoss.climb_state`."""
+        state: dict[str, Any] = {"step": self.step, **self.config()}
         if isinstance(self.schedule, TargetRate):
             state["target_rate"] = self.schedule.state()
+        position = noise.position()
+        if position is not None:
+            state["noise"] = list(position)
         return state
 
-    def load_climb_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what :meth:`climb_state` returned.
-
-        Warns of each setting that was another one.
-
-        Raises:
-            ValueError: If ``state`` is something else; then nothing is changed.
-        """
-        config = self._config()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """As :meth:`ClimbLoss.load_climb_state`."""
+        config = self.config()
         if not isinstance(state, Mapping) or not {"step", *config} <= state.keys():
             raise ValueError(
                 f"the state of a ClimbLoss has step, {', '.join(config)}, got {state!r}: it is "
                 "damaged, or of something else."
             )
-        _checked_step(state["step"])
+        step = checked_step(state["step"])
+        position = _checked_position(state.get("noise"))
         if isinstance(self.schedule, TargetRate) and "target_rate" in state:
             self.schedule.load_state(state["target_rate"])
         for name, now in config.items():
@@ -374,11 +418,13 @@ class ClimbLoss(nn.Module):
                 warnings.warn(
                     f"CLIMB's {name} was {state[name]} when this state was saved and is {now} "
                     "now: the run goes on with the latter.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-        self.set_step(state["step"])
+        noise.restore(position)
+        self._steps.set(step)
 
-    def _config(self) -> dict[str, str]:
+    def config(self) -> dict[str, str]:
+        """The settings, as a checkpoint compares them."""
         shown = repr(self.schedule)
         if " at 0x" in shown:  # the address of a function is another one in the next run
             shown = type(self.schedule).__name__
@@ -389,60 +435,35 @@ class ClimbLoss(nn.Module):
             "free_nats": repr(self.free_nats),
         }
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or not hasattr(_base_of(self), name):
-                raise
-            return getattr(_base_of(self), name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        own = name in self.__dict__ or name in _MODULE_SLOTS or hasattr(type(self), name)
-        if not own and hasattr(_base_of(self), name):
-            setattr(_base_of(self), name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows."""
-        shown = {**self._config(), "heads": str(len(self._heads))}
-        return ", ".join(f"{name}={value}" for name, value in shown.items())
+def _attached(heads: Heads) -> tuple[Attached, ...]:
+    items = heads if isinstance(heads, Sequence) else [heads]
+    return tuple(item for item in items if isinstance(item, Attached))
 
 
-def _base_of(loss: ClimbLoss) -> Callable[..., Tensor] | None:
-    """The base, or None while the loss is being built or unpickled."""
-    base: Callable[..., Tensor] | None = loss.__dict__.get("_modules", {}).get("base")
-    return loss.__dict__.get("base") if base is None else base
-
-
-class _StepDone:
-    """Counts a step once its backward has come through, however many losses it had."""
-
-    def __init__(self, loss: ClimbLoss) -> None:
-        self._loss = loss
-        self._next = loss.step + 1
-
-    def __call__(self, gradient: Tensor) -> None:
-        self._loss.set_step(max(self._loss.step, self._next))
-
-
-def _checked_heads(heads: GaussianHead | Sequence[GaussianHead]) -> tuple[GaussianHead, ...]:
-    several = (heads,) if isinstance(heads, nn.Module) else tuple(heads)
-    for head in several:
-        if isinstance(head, TeacherHead):
-            raise TypeError("heads holds the head of a teacher: pass the student's.")
+def _checked_heads(heads: Heads) -> tuple[GaussianHead, ...]:
+    items = tuple(heads) if isinstance(heads, Sequence) else (heads,)
+    found = tuple(item.head if isinstance(item, Attached) else item for item in items)
+    for head in found:
         if not isinstance(head, GaussianHead):
             raise TypeError(f"heads must be GaussianHeads, got {type(head).__name__}.")
-    if len(set(several)) < len(several):
+    if len(set(found)) < len(found):
         raise ValueError("heads holds the same head twice.")
-    return several
+    return found
 
 
-def _checked_step(step: int) -> int:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"step must be an int of 0 or more, got {step!r}.")
-    return step
+def _checked_position(saved: Any) -> tuple[int, int] | None:
+    if saved is None:
+        return None
+    if not (
+        isinstance(saved, Sequence)
+        and len(saved) == 2
+        and all(isinstance(number, int) and number >= 0 for number in saved)
+    ):
+        raise ValueError(
+            f"the noise in the state of a ClimbLoss is two ints of 0 or more, got {saved!r}."
+        )
+    return saved[0], saved[1]
 
 
 def _checked_scalar(value: Any) -> Tensor:
@@ -459,17 +480,40 @@ def _checked_scalar(value: Any) -> Tensor:
     return value
 
 
+def _has_rows(sample: Sample) -> bool:
+    # An empty selection says nothing, and its mean would be NaN.
+    return sample.posterior is None or sample.posterior.mean.numel() > 0
+
+
+def _posterior(sample: Sample) -> Posterior:
+    if sample.posterior is None:
+        raise RuntimeError(
+            "a posterior that this loss depends on is gone, because a backward pass has freed the "
+            "graph of its sample: compute the loss before, or call backward(retain_graph=True)."
+        )
+    return sample.posterior
+
+
 def _detached(
-    total: Tensor, base: Tensor, rate: Tensor, entropy: Tensor, beta: float | Tensor
+    total: Tensor,
+    base: Tensor,
+    rate: Tensor | None,
+    entropy: Tensor | None,
+    beta: float | Tensor,
 ) -> ClimbTerms:
-    return ClimbTerms(
-        # Copies: what the caller does to the value in place is not done to these.
-        total.detach().clone(),
-        base.detach().clone(),
-        rate.detach(),
-        entropy.detach(),
-        beta if isinstance(beta, Tensor) else torch.tensor(beta, dtype=torch.float64),
-    )
+    with without_transforms():
+        base = plain(base).detach()
+        nan = base.new_full((), math.nan)
+        return ClimbTerms(
+            # Copies: what the caller does to the value in place is not done to these.
+            plain(total).detach().clone(),
+            base.clone(),
+            nan if rate is None else plain(rate).detach(),
+            nan if entropy is None else plain(entropy).detach(),
+            beta
+            if isinstance(beta, Tensor)
+            else torch.tensor(beta, dtype=torch.float64, device="cpu"),
+        )
 
 
 def _save_as_base(
@@ -484,14 +528,15 @@ def _load_from_base(
     loss: ClimbLoss, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
 ) -> None:
     own = prefix + "climb_priors."
-    for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
-        state[prefix + "base." + key[len(prefix) :]] = state.pop(key)
+    if isinstance(loss.base, nn.Module):
+        for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
+            state[prefix + "base." + key[len(prefix) :]] = state.pop(key)
     saved = metadata.get(_METADATA)
     if saved is None:
-        if not isinstance(loss.schedule, Constant):
+        if not isinstance(loss.climb.schedule, Constant):
             warnings.warn(
                 "this state dict holds no CLIMB step (a plain loss, or its metadata was dropped): "
-                f"beta goes on from step {loss.step}; set_step(n) says otherwise.",
+                f"beta goes on from step {loss.climb.step}; set_step(n) says otherwise.",
                 stacklevel=2,
             )
         return

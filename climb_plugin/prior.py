@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from climb_plugin.gaussian import (
+    Posterior,
     bound_logvar,
     kl_between,
     kl_to_standard_normal,
     symmetric_kl,
     unbound_logvar,
 )
-from climb_plugin.head import Posterior
 
 
 class StandardPrior(nn.Module):
@@ -72,10 +73,13 @@ class ViewPrior(nn.Module):
 
     def __init__(self, views: int | Sequence[int] = 1) -> None:
         super().__init__()
-        several = views if isinstance(views, Sequence) else [views]
-        if not several or any(type(count) is not int or count < 1 for count in several):
+        counts = tuple(views) if isinstance(views, Sequence) else (views,)
+        if not counts or any(
+            isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in counts
+        ):
             raise ValueError(f"views must be a positive int, or some of them, got {views!r}.")
-        self.views = tuple(views) if isinstance(views, Sequence) else views
+        counts = tuple(int(count) for count in counts)
+        self.views = counts if isinstance(views, Sequence) else counts[0]
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
         """The symmetric KLs in nats of all pairs of views of all images.
@@ -119,6 +123,13 @@ class ViewPrior(nn.Module):
                 f"views={self.views} does not divide what this loss saw: forward calls of the "
                 f"head of shapes {shapes}."
             )
+        for shape, count in zip(shapes, counts, strict=True):
+            if count > 1 and len(shape) > 2 and shape[-2] == count:
+                raise ValueError(
+                    f"views={count} splits a batch along its first dimension, as torch.cat puts "
+                    f"views together, but the posterior has shape {shape}, as if views lay beside "
+                    "their image: call the head once per view, as in head(x[:, i])."
+                )
         return [
             Posterior(mean, logvar)
             for posterior, count in zip(posteriors, counts, strict=True)

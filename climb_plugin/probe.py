@@ -2,77 +2,147 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from climb_plugin._run.living import living
+from climb_plugin._torch import clear_hooks, no_global_hooks
+
+PLACES = ("projection", "features")
+
+_ROWS = 4
 # Down to where the epsilon of a LayerNorm shows, while that of an L2 normalisation does not yet.
-_FACTOR = 2.0**-10
+# Each row has its own factor: a batch norm in training forgets a common one.
+_FACTORS = 2.0 ** -torch.tensor([[10.0], [11.0], [12.0], [13.0]], device="cpu")
 _TOLERANCE = 0.05
+_YOURSELF = "put a GaussianHead(width) into it yourself, and use ClimbLoss(loss, heads=...)"
 
 
-def input_width(module: nn.Module) -> int:
-    """Width of the embedding that a projection head takes.
+@dataclass(frozen=True)
+class Place:
+    """Where a head acts.
+
+    Attributes:
+        path: Name of the submodule whose output is sampled; empty: the module itself.
+        before: Whether it is the input of the module that is sampled.
+        width: Width of the embedding there.
+        is_shared: Whether another module uses that submodule too.
+    """
+
+    path: str
+    before: bool
+    width: int
+    is_shared: bool = False
+
+
+def find_place(module: nn.Module, *, at: str) -> Place:
+    """Finds where a head belongs in a projection head, and changes nothing.
+
+    A copy of the module, without hooks, runs on a few random rows in training mode, without
+    touching torch's random numbers. Where rescaling the output of a submodule leaves the result
+    as it is, and changing its sign changes that of the result (up to a bias), an L2
+    normalisation follows, perhaps with prototypes, and the Gaussian belongs before it.
+
+    Args:
+        module: The projection head.
+        at: One of ``PLACES``.
 
     Raises:
-        ValueError: If no linear layer tells it.
+        ValueError: If the place cannot be told, or nothing can go there.
     """
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            if part.in_features:
-                return part.in_features
-            raise ValueError("the projection head is lazy: run one batch through the model first.")
-    raise ValueError(
-        f"no linear layer tells the width of {type(module).__name__}: put a GaussianHead(width) "
-        "into your module where its embedding is, and use ClimbLoss(loss, heads=...)."
-    )
+    if at not in PLACES:
+        raise ValueError(f"at must be one of {', '.join(map(repr, PLACES))}, got {at!r}.")
+    probe = _probe(module)
+    if at == "features":
+        return Place("", True, probe.rows.shape[-1])
+    return _end_of_projection(probe, module)
 
 
-def first_layer(module: nn.Module) -> str:
-    """Path of what first sees the embedding; a Sequential cannot hold a head before it."""
-    path: list[str] = []
-    while isinstance(module, nn.Sequential) and len(module):
-        parts = list(module.named_children())
-        flat = [part for part in parts if not isinstance(part[1], nn.Flatten)]
-        name, module = (flat or parts)[0]
-        path.append(name)
-    return ".".join(path)
-
-
-def end_of_projection(probe: Probe) -> tuple[str, bool, int]:
-    """(path, before, width) of the end of the projection MLP.
-
-    Raises:
-        ValueError: If it cannot be told, or nothing can go there.
-    """
+def _end_of_projection(probe: _Probe, module: nn.Module) -> Place:
+    name = type(module).__name__
     output = probe.output
     if not _is_batch(output):
         received = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"{type(probe.module).__name__} must map (B, {probe.rows.shape[-1]}) to (B, D), it "
-            f"returned {received}: put a GaussianHead(width) into it yourself, and use "
-            "ClimbLoss(loss, heads=...)."
+            f"{name} must map (B, {probe.rows.shape[-1]}) to (B, D), it returned {received}: "
+            f"{_YOURSELF}."
         )
     # Of those that a normalisation follows, the last: what comes after it is the head's.
     for path in reversed(probe.widths):
         if probe.is_before_normalisation(path):
-            return path, False, probe.widths[path]
+            return Place(path, False, probe.widths[path], _is_shared(module, path))
     if probe.is_before_normalisation(None):
-        return first_layer(probe.module), True, probe.rows.shape[-1]
+        return Place("", True, probe.rows.shape[-1])
     if probe.ends_normalised():
         raise ValueError(
-            f"{type(probe.module).__name__} normalises its embedding, but the embedding is the "
-            "output of none of its submodules, so nothing can go in between: pass it through an "
-            "nn.Identity() of its own right before it is normalised."
+            f"{name} normalises its embedding, but the embedding is the output of none of its "
+            "submodules, so nothing can go in between: pass it through an nn.Identity() of its "
+            "own right before it is normalised."
         )
-    return "", False, output.shape[-1]
+    end = probe.end_that_noise_would_leave()
+    if end:
+        raise ValueError(
+            f"{name} ends in a {end}, and a sample would leave what that maps to: give the head "
+            "up to the logits, and apply the rest to what it returns; or put a "
+            "GaussianHead(width) before it yourself, and use ClimbLoss(loss, heads=...)."
+        )
+    return Place("", False, output.shape[-1])
 
 
-class Probe:
-    """What a module does with a few random rows, in ``eval()``; it is left as it was.
+def _probe(module: nn.Module) -> _Probe:
+    """A run of the module on rows of the first width that it takes."""
+    name = type(module).__name__
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(is_lazy(tensor) for tensor in tensors):
+        raise ValueError(f"{name} is lazy: run one batch through the model first.")
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError(f"{name} is on the meta device: materialise it first.")
+    widths = _input_widths(module)
+    if not widths:
+        raise ValueError(f"{name} has no layer that tells the width of its input: {_YOURSELF}.")
+    errors = []
+    for width in widths:
+        try:
+            return _Probe(module, width)
+        except Exception as error:  # the module is the user's: it may raise anything
+            errors.append(f"({_ROWS}, {width}): {error}")
+    heads = [name for name, child in module.named_children() if _input_widths(child)]
+    hint = f", as in student=model.{heads[-1]}" if heads else ""
+    raise ValueError(
+        f"{name} could not be run on a batch of features to find where its embedding is. If it is "
+        f"the whole encoder, pass its projection head{hint}. Otherwise {_YOURSELF}. Tried, with "
+        f"what came of it: {'; '.join(errors[:2])}"
+    )
+
+
+def _input_widths(module: nn.Module) -> list[int]:
+    """The widths that a module might take, those of linear layers first, in their order."""
+    layers = [part.in_features for part in module.modules() if isinstance(part, nn.Linear)]
+    matrices = [p.shape[1] for p in module.parameters() if p.ndim == 2]
+    vectors = [p.shape[0] for p in module.parameters() if p.ndim == 1]
+    return list(dict.fromkeys([*layers, *matrices, *vectors]))
+
+
+def _is_shared(module: nn.Module, path: str) -> bool:
+    """Whether a module outside has this submodule as a layer of its own, too."""
+    part, own = module.get_submodule(path), set(module.modules())
+    return any(
+        part is child
+        for other in living(lambda kind: issubclass(kind, nn.Module))
+        if other not in own and "_modules" in vars(other)
+        for child in other.children()
+    )
+
+
+class _Probe:
+    """What a module does with a few random rows; it is a copy that runs.
 
     Args:
         module: Maps (B, width) to (B, D).
@@ -86,10 +156,9 @@ class Probe:
 
     def __init__(self, module: nn.Module, width: int) -> None:
         parameter = next(module.parameters())
-        if parameter.is_meta:
-            raise ValueError("the projection head is on the meta device: materialise it first.")
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        rows = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        rows = torch.randn(_ROWS, width, generator=generator, device="cpu")
         self.module = module
         self.rows = rows.to(parameter.device, wide)
         self.widths: dict[str, int] = {}
@@ -112,7 +181,7 @@ class Probe:
         Args:
             path: Name of the submodule; None: the input of the module.
         """
-        small = self._rescaled(path, _FACTOR)
+        small = self._rescaled(path, _FACTORS)
         return self._is_close(small, self.output) and self._is_linear(self._rescaled(path, -1.0))
 
     def ends_normalised(self) -> bool:
@@ -120,6 +189,28 @@ class Probe:
         return _is_unit(self.output) or any(
             self._is_linear(self._rescaled(path, -1.0, before=True)) for path in self._unit_inputs
         )
+
+    def end_that_noise_would_leave(self) -> str:
+        """The name of a last function whose values are bound to a simplex or an interval."""
+        rows = self.output
+        if rows.shape[-1] > 1 and self._is_one(rows.sum(dim=-1)) and bool((rows >= 0).all()):
+            return "softmax (its rows are probabilities)"
+        if rows.shape[-1] > 1 and self._is_one(rows.exp().sum(dim=-1)):
+            return "log-softmax (its rows are logarithms of probabilities)"
+        if bool(((rows > 0) & (rows < 1)).all()) and any(
+            self._saturates(path) for path in reversed(self.widths)
+        ):
+            return "sigmoid (its entries are probabilities)"
+        return ""
+
+    def _saturates(self, path: str) -> bool:
+        """Whether a great output of a submodule drives all entries to 0 or 1."""
+        great = self._rescaled(path, 1 / _FACTORS)
+        inside = bool(((great >= 0) & (great <= 1)).all())
+        return inside and bool(torch.minimum(great, 1 - great).mean() < _TOLERANCE)
+
+    def _is_one(self, values: Tensor) -> bool:
+        return bool(((values - 1).abs() < 1e-3).all())
 
     def _is_linear(self, flipped: Tensor) -> bool:
         """Whether a change of sign gave the same but for the sign, up to a bias."""
@@ -130,56 +221,70 @@ class Probe:
         spread = (self.output - self.output.mean(dim=0)).norm()
         return bool((one - other).norm() <= _TOLERANCE * spread)
 
-    def _rescaled(self, path: str | None, factor: float, *, before: bool = False) -> Tensor:
+    def _rescaled(
+        self, path: str | None, factor: float | Tensor, *, before: bool = False
+    ) -> Tensor:
+        def scaled(rows: Tensor) -> Tensor:
+            return rows * (factor.to(rows) if isinstance(factor, Tensor) else factor)
+
+        output: Tensor
         if path is None:
-            output: Tensor = self._run(self.rows * factor)
-            return output
-        part = self.module.get_submodule(path)
-        if before:
-            handle = part.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:]))
+            output = self._run(scaled(self.rows))
         else:
-            handle = part.register_forward_hook(lambda _, args, output: output * factor)
-        try:
-            output = self._run(self.rows)
-        finally:
-            handle.remove()
+            output = self._run(self.rows, path=path, scaled=scaled, before=before)
         return output
 
-    def _run(self, rows: Tensor, *, watch: Callable[..., None] | None = None) -> Any:
-        modes = {part: part.training for part in self.module.modules()}
-        handles = [
-            part.register_forward_hook(lambda _, *seen, path=path, do=watch: do(path, *seen))
-            for path, part in self.module.named_modules()
-            if path and watch is not None
-        ]
+    def _run(
+        self,
+        rows: Tensor,
+        *,
+        watch: Callable[..., None] | None = None,
+        path: str = "",
+        scaled: Callable[[Tensor], Tensor] | None = None,
+        before: bool = False,
+    ) -> Any:
+        copied = _copy(self.module)
+        if watch is not None:
+            for name, part in copied.named_modules():
+                if name:
+                    part.register_forward_hook(
+                        lambda _, *seen, path=name, do=watch: do(path, *seen)
+                    )
+        if scaled is not None and before:
+            copied.get_submodule(path).register_forward_pre_hook(
+                lambda _, args: (scaled(args[0]), *args[1:])
+            )
+        elif scaled is not None:
+            copied.get_submodule(path).register_forward_hook(lambda _, args, output: scaled(output))
         devices = [rows.device] if rows.is_cuda else []
-        self.module.eval()
-        try:
-            # Each run draws the same numbers, should the module draw any.
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                return torch.func.functional_call(self.module, self._state(), rows)
-        except Exception as error:
-            raise ValueError(
-                f"{type(self.module).__name__} could not be run on a batch of shape "
-                f"{tuple(rows.shape)} to find where its embedding is ({error}): put a "
-                "GaussianHead(width) into it yourself, and use ClimbLoss(loss, heads=...)."
-            ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
-            for part, mode in modes.items():
-                part.training = mode
+        # Each run draws the same numbers, should the module draw any.
+        with torch.no_grad(), torch.random.fork_rng(devices), no_global_hooks():
+            return copied(rows)
 
-    def _state(self) -> dict[str, Tensor]:
-        """Buffers as copies, and half precision as float32, which does not blur the outcome."""
-        state: dict[str, Tensor] = dict(self.module.named_parameters())
-        state.update((name, buffer.clone()) for name, buffer in self.module.named_buffers())
-        halves = (torch.float16, torch.bfloat16)
-        return {name: t.float() if t.dtype in halves else t for name, t in state.items()}
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy in training mode, with hooks taken off, that has its tensors but shares parameters.
+
+    Half precision is float32 there, which does not blur the outcome.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        half = parameter.dtype in (torch.float16, torch.bfloat16)
+        memo[id(parameter)] = nn.Parameter(parameter.detach().float()) if half else parameter
+    # Others as they are or as copies: weight_norm leaves results with a graph, which refuse.
+    for part in module.modules():
+        for tensor in [*part.buffers(recurse=False), *vars(part).values()]:
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                half = tensor.dtype in (torch.float16, torch.bfloat16)
+                memo[id(tensor)] = tensor.detach().float() if half else tensor.detach().clone()
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():
+        clear_hooks(part)
+    return copied.train()
 
 
 def _is_batch(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.ndim == 2
+    return isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == _ROWS
 
 
 def _is_unit(rows: Tensor) -> bool:

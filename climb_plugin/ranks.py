@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import nn
 
-from climb_plugin.objects import living
+from climb_plugin._run.living import living
+from climb_plugin._torch import joins
 
 # By name: importing torch's FSDP takes time that a run without it need not spend.
 _AVERAGING = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
@@ -32,6 +33,4 @@ def averaged(module: nn.Module) -> bool:
 
 def joining() -> bool:
     """Whether a ``DistributedDataParallel`` of this process trains in its ``join()`` context."""
-    # Of torch.distributed.algorithms.Joinable; there is no public name for it.
-    configs = [getattr(wrapper, "_join_config", None) for wrapper in averaging()]
-    return any(getattr(config, "enable", False) for config in configs)
+    return any(joins(wrapper) for wrapper in averaging())

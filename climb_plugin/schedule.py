@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Protocol, TypeVar
+from weakref import ReferenceType, ref
 
 import torch
 import torch.distributed as dist
@@ -84,10 +86,11 @@ class Ramp:
         object.__setattr__(self, "beta", checked_beta("beta", self.beta))
         object.__setattr__(self, "start", checked_beta("start", self.start))
         for name in ("warmup", "delay"):
-            _check_duration(name, getattr(self, name))
+            object.__setattr__(self, name, _checked_duration(name, getattr(self, name)))
         if self.total_steps is not None:
-            if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int):
+            if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, Integral):
                 raise TypeError(f"total_steps must be an int, got {self.total_steps!r}.")
+            object.__setattr__(self, "total_steps", int(self.total_steps))
             end = self._steps("delay") + self._steps("warmup")
             if end > self.total_steps:
                 raise ValueError(
@@ -242,11 +245,34 @@ class TargetRate:
         self.bounds = (float(least), float(most))
         self.speed = float(speed)
         self.start = float(beta)
-        self._log_beta = _float32(math.log(beta))
+        self._owner: ReferenceType[object] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._log_beta = _float32(math.log(self.start))
         self._before: Tensor | None = None
         # What the calls of one step have shown (a loss per view, gradient accumulation).
         self._step = 0
         self._rates: list[Tensor] = []
+
+    def belong_to(self, owner: object) -> None:
+        """Notes whose rate it sees; begins anew where the loss before is gone.
+
+        Raises:
+            ValueError: If it belongs to another loss.
+        """
+        if self._owner is not None:
+            if self._owner() is not None:
+                raise ValueError(
+                    "this TargetRate belongs to another loss, whose rate it sees: it cannot hold "
+                    "two. Make one for each loss, and for each run."
+                )
+            self._begin()
+        self._owner = ref(owner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a loss has a copy of this, which then is its own.
+        return {**self.__dict__, "_owner": None}
 
     def __call__(self, step: int) -> Tensor:
         """Beta at this step, a scalar on the device of the rates seen before."""
@@ -322,7 +348,7 @@ class TargetRate:
 
 def _float32(value: float) -> Tensor:
     # The default dtype is bfloat16 in a bf16-true run, and float64 in many a script.
-    return torch.tensor(value, dtype=torch.float32)
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:
@@ -355,7 +381,7 @@ def checked_beta(name: str, value: float) -> float:
         TypeError: If it is not a number.
         ValueError: If it is negative or not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
     return checked_number(name, value)
 
@@ -367,17 +393,35 @@ def checked_number(name: str, value: float) -> float:
         TypeError: If it is no number.
         ValueError: If it is negative or not finite.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and not negative, got {value}.")
     return float(value)
 
 
-def _check_duration(name: str, value: int | float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def checked_step(step: int) -> int:
+    """``step`` as an int, if it can be a count of optimiser steps.
+
+    Raises:
+        ValueError: If it is no int of 0 or more.
+    """
+    if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
+        raise ValueError(f"step must be an int of 0 or more, got {step!r}.")
+    return int(step)
+
+
+def _is_number(value: object) -> bool:
+    # numpy's numbers are registered as such; torch's tensors are not.
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _checked_duration(name: str, value: int | float) -> int | float:
+    if not _is_number(value):
         raise TypeError(f"{name} must be an int (steps) or a float (fraction), got {value!r}.")
-    if value < 0 or (isinstance(value, float) and not value < 1):
+    whole = isinstance(value, Integral)
+    if value < 0 or (not whole and not value < 1):
         raise ValueError(
             f"{name} must be an int of steps (0 or more) or a fraction in [0, 1), got {value}."
         )
+    return int(value) if whole else float(value)

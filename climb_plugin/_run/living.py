@@ -1,4 +1,4 @@
-"""What a module cannot ask anyone for: which objects of a kind there are."""
+"""Finds the living objects of a kind through the garbage collector; slow, not for every step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def living(chosen: Callable[[type], bool]) -> list[Any]:
-    """All objects of this process whose type is chosen.
+    """All objects of this process whose type is chosen, but those that gc.freeze() hides.
 
-    Looks through all objects: tenths of a second, not for every step.
+    It looks through all objects, which takes up to tenths of a second.
 
     Args:
         chosen: Says of a type whether its objects are wanted.

@@ -1,0 +1,1 @@
+"""The inner machinery, which decides numbers: samples, the walk, second runs, noise."""

@@ -1,0 +1,76 @@
+"""Recognises the second run of checkpointed code, which needs the noise of the first.
+
+torch.utils.checkpoint forgets what is within and runs it again in the backward pass. With other
+noise the gradient would be that of another sample. A run is recognised by its whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from climb_plugin._torch import plain, without_modes, without_transforms
+
+if TYPE_CHECKING:
+    from climb_plugin._graph.sample import Sample
+
+_ADVICE = (
+    "Checkpoint with use_reentrant=False, make what is checkpointed deterministic, or keep the "
+    "GaussianHead out of the checkpoint."
+)
+
+
+class Fingerprint:
+    """One number for each row of a batch, on its device.
+
+    Args:
+        embedding: Of shape (..., B, D), in float32 or float64.
+    """
+
+    def __init__(self, embedding: Tensor) -> None:
+        with torch.no_grad(), without_transforms():
+            rows = plain(embedding).detach().flatten(0, -2)
+            self._rows = rows @ _direction(rows.shape[-1], rows.dtype, rows.device)
+
+    def content(self) -> bytes:
+        """What two fingerprints of one batch have in common; waits for the device."""
+        with without_modes():
+            return self._rows.cpu().numpy().tobytes()
+
+
+def seed_of_first_run(fingerprint: Fingerprint, firsts: Iterable[Sample]) -> int:
+    """The seed of the one sample whose fingerprint this is.
+
+    Args:
+        fingerprint: Of the second run.
+        firsts: The samples that the head has drawn outside of backward passes.
+
+    Raises:
+        RuntimeError: If there is no such sample, or several.
+    """
+    content = fingerprint.content()
+    seeds = {one.seed for one in firsts if one.fingerprint.content() == content}
+    if len(seeds) == 1:
+        return seeds.pop()
+    if seeds:
+        raise RuntimeError(
+            f"a checkpointed GaussianHead ran again in the backward pass, and {len(seeds)} of its "
+            "calls had the very same batch: they cannot be told apart, so the noise of the first "
+            "run cannot be found. Take one call out of the checkpoint, or call it on both at once "
+            "(torch.cat)."
+        )
+    raise RuntimeError(
+        "a GaussianHead ran in the backward pass, as checkpointed code does, but had no first run "
+        "with gradients on this batch, so there is no noise that it could repeat. " + _ADVICE
+    )
+
+
+@lru_cache(maxsize=16)
+def _direction(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    direction = torch.randn(width, generator=generator, dtype=torch.float64, device="cpu")
+    return direction.to(device, dtype)

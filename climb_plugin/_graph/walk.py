@@ -1,0 +1,79 @@
+"""Finds the samples that a value depends on, by a walk through its autograd graph."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+from weakref import ReferenceType, ref
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from climb_plugin._graph.sample import Sample, alive, sample_of
+from climb_plugin._torch import sequence_number
+
+if TYPE_CHECKING:
+    from climb_plugin.head import GaussianHead
+
+# Leaves of the graph have the greatest number that there is.
+_LEAF = 2**64 - 1
+
+
+def samples_behind(value: Tensor, heads: set[GaussianHead]) -> list[Sample]:
+    """The samples of ``heads`` that ``value`` depends on, in the order of their draws.
+
+    The walk goes past what it finds: a head may stand behind another one, or behind itself.
+
+    Args:
+        value: A tensor; without a ``grad_fn`` it depends on nothing.
+        heads: Whose samples are wanted.
+    """
+    known = set(alive(heads))
+    found: list[Sample] = []
+    if known and all(one.thread == threading.get_ident() for one in known):
+        found = _search(value, oldest=min(one.sequence for one in known))
+    # Each thread numbers its nodes by itself, so where one of them is missing, another thread may
+    # have made nodes in between whose numbers say nothing.
+    if not found or not known.issubset(found):
+        found = _search(value, oldest=0)
+    return sorted((one for one in found if one.head in heads), key=lambda one: one.number)
+
+
+def foreign_samples_behind(value: Tensor, heads: set[GaussianHead]) -> list[Sample]:
+    """The samples of all other heads that ``value`` depends on."""
+    return [one for one in _search(value, oldest=0) if one.head not in heads]
+
+
+def leaves_behind(value: Tensor) -> list[ReferenceType[Tensor]]:
+    """The tensors that a backward pass of ``value`` would give a gradient, held weakly."""
+    return [
+        ref(node.variable)  # type: ignore[attr-defined]
+        for node in _nodes(value, oldest=0, leaves=True)
+        if hasattr(node, "variable")
+    ]
+
+
+def _search(value: Tensor, *, oldest: int) -> list[Sample]:
+    held = (sample_of(node) for node in _nodes(value, oldest=oldest, leaves=False))
+    return [sample for sample in held if sample is not None]
+
+
+def _nodes(value: Tensor, *, oldest: int, leaves: bool) -> list[Node]:
+    """The nodes behind ``value`` that are no older than ``oldest``.
+
+    A node is younger than all that it depends on, so nothing wanted lies behind an older one.
+    """
+    if value.grad_fn is None:
+        return []
+    nodes = [value.grad_fn]
+    seen: set[Node] = set(nodes)
+    for node in nodes:
+        for parent, _ in node.next_functions:
+            if parent is None or parent in seen:
+                continue
+            number = sequence_number(parent)
+            if number < oldest or (number == _LEAF and not leaves):
+                continue
+            seen.add(parent)
+            nodes.append(parent)
+    return nodes

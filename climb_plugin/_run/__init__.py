@@ -1,0 +1,1 @@
+"""The outer machinery, which may only warn, raise or count."""

@@ -1,0 +1,136 @@
+"""Says what is wrong where a loss depends on no sample of a head that trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from climb_plugin._graph.sample import Sample, alive, next_number
+from climb_plugin._graph.walk import foreign_samples_behind
+from climb_plugin._torch import transforms_active
+
+if TYPE_CHECKING:
+    from climb_plugin.head import GaussianHead
+
+
+class Wiring:
+    """Watches whether the samples of all heads reach the loss.
+
+    Args:
+        heads: The heads of the loss.
+    """
+
+    def __init__(self, heads: Sequence[GaussianHead]) -> None:
+        self._heads = tuple(heads)
+        self._proven: set[int] = set()  # Places of the heads whose samples a loss has had.
+        self._last = 0  # What was called since the last loss has a greater number.
+        self._warned: set[str] = set()
+
+    def check(self, value: Tensor, found: Sequence[Sequence[Sample]]) -> None:
+        """Looks at what a training step has found.
+
+        Args:
+            value: Of the base loss.
+            found: The samples of each head that it depends on.
+
+        Raises:
+            RuntimeError: If a head trains and no sample of it is there, and it is not that a
+                batch had no use for it.
+        """
+        last, self._last = self._last, next_number()
+        self._check_reentrant(last)
+        missing = [place for place, samples in enumerate(found) if not samples]
+        self._proven |= {place for place, samples in enumerate(found) if samples}
+        trained = [place for place in missing if _trains(self._heads[place])]
+        if not trained:
+            frozen = [place for place in missing if self._heads[place].training]
+            if frozen and len(missing) == len(found):
+                self._warn(
+                    "all heads of this loss are frozen, and so is what comes before them: they "
+                    "pass on their means, there is nothing to regularise, and the loss is the "
+                    "base loss alone."
+                )
+            return
+        lost = [place for place in trained if not self._may_be_unused(place, last)]
+        if lost:
+            raise RuntimeError(self._message(value, lost, last))
+        self._warn(
+            f"this batch's base loss depends on no sample of {self._names(trained)}, though "
+            "earlier ones did (a batch without positives?): for such batches the bottleneck is "
+            "left out, and terms.rate is NaN where no head is left."
+        )
+
+    def _may_be_unused(self, place: int, last: int) -> bool:
+        return place in self._proven and self._was_called(place, last)
+
+    def _was_called(self, place: int, last: int) -> bool:
+        return any(sample.number > last for sample in alive({self._heads[place]}))
+
+    def _check_reentrant(self, last: int) -> None:
+        hidden = [
+            place
+            for place, head in enumerate(self._heads)
+            if head.calls_without_sample.get("function", 0) > last
+        ]
+        if hidden:
+            raise RuntimeError(
+                f"{self._names(hidden)} was called in training within an autograd function that "
+                "runs its code without gradients and once more in the backward pass, as a "
+                "reentrant checkpoint does: its posterior cannot be seen from here, and the rate "
+                "would be another one. Use torch.utils.checkpoint(..., use_reentrant=False), or "
+                "keep the GaussianHead out of the checkpoint."
+            )
+
+    def _message(self, value: Tensor, lost: list[int], last: int) -> str:
+        return (
+            f"this loss depends on no sample of {self._names(lost)}: "
+            f"{self._cause(value, lost[0], last)} To evaluate, use torch.no_grad() or eval(). To "
+            "compute the plain loss of something else (a teacher's outputs), call "
+            "criterion.base(...)."
+        )
+
+    def _cause(self, value: Tensor, place: int, last: int) -> str:
+        unsampled = self._heads[place].calls_without_sample
+        if foreign_samples_behind(value, set(self._heads)):
+            return (
+                "it depends on samples of other heads. If model or criterion is a copy "
+                "(copy.deepcopy, pickle), the heads of this criterion are not those in the model: "
+                "copy both together, or wrap the loss of the copied model anew."
+            )
+        if self._was_called(place, last):
+            return (
+                "it was called and did sample, but its sample does not reach the loss: it was "
+                "detached, or is not used."
+            )
+        if unsampled.get("no_grad", 0) > last:
+            return "it was called under torch.no_grad(), where a head passes on its mean."
+        if unsampled.get("frozen", 0) > last:
+            return "it was called frozen: neither its input nor what it used requires a gradient."
+        more = " Forward-mode differentiation alone has no samples." if transforms_active() else ""
+        return (
+            "it was not called in this step. The module on which it hangs must be called before "
+            "the loss, as module(x): module.forward(x) skips it, and so does what was compiled "
+            f"before the loss was wrapped, or a layer that has replaced the one it hung on.{more}"
+        )
+
+    def _names(self, places: list[int]) -> str:
+        return " and ".join(
+            f"heads[{place}], GaussianHead({self._heads[place].extra_repr()})" for place in places
+        )
+
+    def _warn(self, message: str) -> None:
+        kind = message[:16]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            # Past this class, the loss, its door and torch's __call__, at the training step.
+            warnings.warn(f"CLIMB: {message}", stacklevel=9)
+
+
+def _trains(head: GaussianHead) -> bool:
+    # Under FSDP a head's weights may be plain tensors between two forward passes.
+    return head.training and (
+        head.logvar.bias.requires_grad or any(p.requires_grad for p in head.parameters())
+    )

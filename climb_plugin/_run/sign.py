@@ -1,0 +1,37 @@
+"""Notices a criterion that is negated outside, so that the rate would be maximised."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from climb_plugin._torch import plain, without_transforms
+from climb_plugin.deferred import DeferredFlags
+
+
+class SignWatch:
+    """Warns once of a negative gradient by the bottleneck; never waits for the device."""
+
+    def __init__(self) -> None:
+        self._flags = DeferredFlags()
+        self._warned = False
+
+    def check(self, gradient: Tensor) -> None:
+        """Looks at the gradient that a backward pass brings to the bottleneck.
+
+        Args:
+            gradient: A scalar.
+        """
+        if self._warned:
+            return
+        with without_transforms():
+            negative = (plain(gradient).detach() < 0).any().reshape(1)
+            self._warned = bool(self._flags.raised(negative))
+        if self._warned:
+            warnings.warn(
+                "the gradient that reaches CLIMB's terms is negative, so the training maximises "
+                "the rate: the criterion stands behind a minus sign, as a similarity that is "
+                "negated. Wrap the loss that is minimised: wrap(lambda *a: -similarity(*a), ...).",
+                stacklevel=2,
+            )

@@ -1,0 +1,187 @@
+"""Counts the optimiser steps of a loss, and notices parameters that no optimiser holds.
+
+torch says when an optimiser has stepped, whatever kind it is. A step counts if the loss was called
+since the last one that counted: so several optimisers of one iteration, the closures of LBFGS, the
+two passes of SAM and gradient accumulation are one step each. An optimiser that is none of torch's
+or moves copies of the parameters is not seen; then backward passes count.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import ReferenceType, WeakSet, ref
+
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from climb_plugin._graph.walk import leaves_behind
+from climb_plugin._run.living import living
+
+_all: WeakSet[Steps] = WeakSet()
+
+
+class Steps:
+    """The optimiser steps of one loss.
+
+    Args:
+        heads: Whose parameters an optimiser should hold.
+        priors: Modules of the loss whose parameters an optimiser should hold as well.
+    """
+
+    def __init__(self, heads: Sequence[nn.Module], priors: nn.Module) -> None:
+        self._heads = tuple(heads)
+        self._priors = priors
+        self._start()
+
+    def _start(self) -> None:
+        self._steps = 0
+        self._was_set = False
+        self._fresh = False  # Whether the loss was called since the last step that counted.
+        self._skipped: Tensor | None = None
+        self._counting: ReferenceType[Optimizer] | None = None
+        self._looked = False
+        self._prior_checked = False
+        self._leaves: list[ReferenceType[Tensor]] | None = None
+        _watch(self)
+
+    @property
+    def count(self) -> int:
+        """The optimiser steps so far."""
+        if self._skipped is not None:
+            # A scaler left the weights as they were; only now, as this waits for the device.
+            self._steps -= int(bool(self._skipped))
+            self._skipped = None
+        return self._steps
+
+    def set(self, step: int) -> None:
+        """Says where the count stands; optimiser steps go on from there."""
+        self._steps, self._skipped = step, None
+        self._was_set = True
+
+    def loss_called(self, value: Tensor) -> None:
+        """Notes a call of the loss that trains.
+
+        Args:
+            value: What it depends on is what the optimiser moves.
+        """
+        self._fresh = True
+        if self._leaves is None:
+            own = {id(p) for p in self._parameters()} | {id(p) for p in self._priors.parameters()}
+            self._leaves = [leaf for leaf in leaves_behind(value) if id(leaf()) not in own]
+
+    def backward_done(self) -> None:
+        """Notes a backward pass; it counts as a step where no optimiser of torch is known."""
+        if self._counting is None and not self._looked:
+            self._looked = True
+            self._counting = self._find(self._parameters()) or self._find(self._upstream())
+        if self._counting is None and self._fresh and not self._was_set:
+            self._fresh = False
+            self._steps += 1
+
+    def optimizer_stepped(self, optimizer: Optimizer) -> None:
+        """Notes a step of an optimiser, whosever it is.
+
+        Raises:
+            RuntimeError: If it moves what comes before a head that no optimiser holds.
+        """
+        held = _held(optimizer)
+        parameters = self._parameters()
+        trained = [p for p in parameters if p.requires_grad]
+        if any(id(p) in held for p in parameters) or (
+            not trained and any(id(leaf) in held for leaf in self._upstream())
+        ):
+            self._counting = ref(optimizer)
+            self._count(optimizer)
+            self._check_prior(held)
+        elif trained and self._holder_is_gone(trained) and self._moves(held):
+            self._check_held(trained)
+
+    def _count(self, optimizer: Optimizer) -> None:
+        if not self._fresh:
+            return
+        self._fresh = False
+        _ = self.count  # settles what the step before has left open
+        self._steps += 1
+        found_inf = getattr(optimizer, "found_inf", None)  # of a scaler and a fused optimiser
+        if isinstance(found_inf, Tensor):
+            self._skipped = found_inf.detach().clone()
+
+    def _holder_is_gone(self, trained: list[nn.Parameter]) -> bool:
+        holder = None if self._counting is None else self._counting()
+        return holder is None or not any(id(p) in _held(holder) for p in trained)
+
+    def _moves(self, held: set[int]) -> bool:
+        return any(id(leaf) in held for leaf in self._upstream())
+
+    def _check_held(self, trained: list[nn.Parameter]) -> None:
+        found = self._find(trained)
+        if found is not None:  # an optimiser that steps less often
+            self._counting = found
+            return
+        if gc.get_freeze_count():  # the collector does not show what it has frozen
+            return
+        raise RuntimeError(
+            "the optimiser moves the projection head but not the GaussianHead in it, and no other "
+            "optimiser holds that: build the optimiser after the loss was wrapped, so that "
+            "model.parameters() holds the new parameters, or freeze the GaussianHead with "
+            "requires_grad_(False)."
+        )
+
+    def _check_prior(self, held: set[int]) -> None:
+        if self._prior_checked:
+            return
+        self._prior_checked = True
+        learned = [p for p in self._priors.parameters() if p.requires_grad]
+        if not learned or any(id(p) in held for p in learned) or self._find(learned) is not None:
+            return
+        warnings.warn(
+            "the prior is learned, its parameters belong to the loss, and no optimiser holds "
+            "them, so it stays at N(0, I): add list(loss.parameters()) to the optimiser.",
+            stacklevel=2,
+        )
+
+    def _find(self, wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:
+        ids = {id(parameter) for parameter in wanted}
+        for optimizer in living(lambda kind: issubclass(kind, Optimizer)):
+            if ids & _held(optimizer):
+                return ref(optimizer)
+        return None
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for head in self._heads for p in head.parameters()]
+
+    def _upstream(self) -> list[Tensor]:
+        leaves = [leaf() for leaf in self._leaves or ()]
+        return [leaf for leaf in leaves if leaf is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_heads": self._heads, "_priors": self._priors, "step": self.count}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._heads, self._priors = state["_heads"], state["_priors"]
+        self._start()
+        self._steps = state["step"]
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    # It may be half built.
+    groups = getattr(optimizer, "param_groups", ())
+    return {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def _watch(steps: Steps) -> None:
+    if not _all_registered:
+        register_optimizer_step_post_hook(_after_step)
+        _all_registered.append(True)
+    _all.add(steps)
+
+
+_all_registered: list[bool] = []
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    for steps in list(_all):
+        steps.optimizer_stepped(optimizer)

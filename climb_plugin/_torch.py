@@ -1,0 +1,163 @@
+"""Holds every private name of torch that this package uses, each with why and with what replaces it.
+
+Nothing else in the package may use a name of torch that begins with an underscore. One test goes
+through all functions here, so that a release of torch that drops a name is noticed by that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import Node
+from torch.nn.modules import module as _module
+from torch.utils import _python_dispatch
+
+
+def backward_pass() -> int | None:
+    """The number of the backward pass that is running in this thread, if one is.
+
+    torch.utils.checkpoint asks the same; there is no public name.
+    """
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def graph_is_kept() -> bool:
+    """Whether the running backward pass leaves the graph alive (retain_graph, create_graph).
+
+    There is no public name. Were it to go, a hook on the saved tensors would have to tell.
+    """
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def sequence_number(node: Node) -> int:
+    """The place of a node among all that its thread has made; 2**64 - 1 for an AccumulateGrad.
+
+    The profiler reads the same number; torch has no public name for it.
+    """
+    return node._sequence_nr()
+
+
+def in_function_forward() -> bool:
+    """Whether the code runs in the forward of an autograd function, as reentrant checkpoints do.
+
+    There torch switches forward-mode gradients off too, which ``torch.no_grad()`` leaves on. (In
+    inference mode both are off as well.) Nothing public tells the two apart.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch._C._is_fwd_grad_enabled()
+        or torch.is_inference_mode_enabled()
+    )
+
+
+def transforms_active() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is at work.
+
+    torch.autograd.Function asks the same; there is no public name.
+    """
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def without_transforms() -> AbstractContextManager[Any]:
+    """Makes what is created within a plain tensor, though a transform of torch.func is at work."""
+    return torch._C._DisableFuncTorch()  # type: ignore[no-any-return, no-untyped-call]
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Keeps what runs within from the modes that watch every operation.
+
+    Selective checkpointing is one, and refuses operations of the second run that the first did
+    not have. There is no public name.
+    """
+    return _python_dispatch._disable_current_modes()  # type: ignore[no-any-return]
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether ``torch.vmap`` is at work on this tensor, under whatever other transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor below all wrappers of torch.func, which are dead when the transform is over."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called: later hooks would not run in what it compiled."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether ``nn.DataParallel`` made this copy, which lasts for one forward."""
+    return bool(getattr(module, "_is_replica", False))
+
+
+def has_hook(module: nn.Module, number: int) -> bool:
+    """Whether the forward (pre-)hook with this ``RemovableHandle.id`` is still on the module.
+
+    Conversions make a new module and drop the hooks; a handle does not tell.
+    """
+    return number in module._forward_hooks or number in module._forward_pre_hooks
+
+
+def clear_hooks(module: nn.Module) -> None:
+    """Takes all forward (pre-)hooks off one module; handles take off one hook at a time only."""
+    module._forward_hooks.clear()
+    module._forward_pre_hooks.clear()
+
+
+@contextmanager
+def no_global_hooks() -> Iterator[None]:
+    """Keeps hooks that were registered for all modules from running."""
+    tables = [
+        _module._global_forward_hooks,
+        _module._global_forward_pre_hooks,
+    ]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile(module)`` made this module around another one."""
+    return hasattr(module, "_orig_mod")
+
+
+def joins(wrapper: nn.Module) -> bool:
+    """Whether a DistributedDataParallel trains in its ``join()`` context."""
+    return bool(getattr(getattr(wrapper, "_join_config", None), "enable", False))
+
+
+def on_save(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Calls ``hook(module, state, prefix, metadata)`` on each state dict of the module.
+
+    ``register_state_dict_post_hook`` is public from torch 2.5 on, and replaces this.
+    """
+    module._register_state_dict_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def on_load(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Calls ``hook(module, state, prefix, metadata, ...)`` before a state dict is loaded.
+
+    ``register_load_state_dict_pre_hook`` is public from torch 2.5 on, and replaces this.
+    """
+    module._register_load_state_dict_pre_hook(hook, with_module=True)  # type: ignore[no-untyped-call]

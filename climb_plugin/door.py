@@ -1,0 +1,185 @@
+"""Makes a criterion the door to its base loss: what is not CLIMB's is read and set there."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from climb_plugin._graph.walk import samples_behind
+
+_OWN = frozenset({"base", "climb", "climb_priors"})
+
+
+class Short:
+    """A short name for an attribute of ``criterion.climb``, where the base has no such name.
+
+    Where both have it, nobody can tell whose is meant, so reading and setting raise.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+        self.__doc__ = f"``criterion.climb.{name}``."
+
+    def __get__(self, criterion: Any, owner: type | None = None) -> Any:
+        if criterion is None:
+            return self
+        self._check(criterion)
+        return getattr(criterion.climb, self._name)
+
+    def __set__(self, criterion: Any, value: Any) -> None:
+        self._check(criterion)
+        setattr(criterion.climb, self._name, value)
+
+    def _check(self, criterion: Door) -> None:
+        if hasattr(criterion.base, self._name):
+            raise AttributeError(_clash(self._name))
+
+
+class Door(nn.Module):
+    """A module around ``base`` that has a ``climb``; see the module's docstring."""
+
+    base: Callable[..., Any]
+    climb: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if isinstance(getattr(type(self), name, None), Short):
+            # Its AttributeError has led here; the climb's own says more than "no attribute".
+            if hasattr(_base_of(self), name):
+                raise AttributeError(_clash(name))
+            return getattr(self.__dict__["climb"], name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or not hasattr(_base_of(self), name):
+                raise
+        return self._guarded(name, getattr(self.base, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            raise AttributeError(
+                "forward is what adds CLIMB's terms, so it cannot be replaced: set "
+                "criterion.base.forward, or wrap another loss."
+            )
+        if self._is_own(name):
+            super().__setattr__(name, value)
+            if name == "training" and isinstance(_base_of(self), nn.Module):
+                setattr(self.base, name, value)
+        else:
+            setattr(self.base, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.base, name)
+
+    def __dir__(self) -> list[str]:
+        """The names of both."""
+        return sorted({*super().__dir__(), *dir(_base_of(self))})
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Registers it on the base, if that is a module."""
+        base = _base_of(self)
+        if isinstance(base, nn.Module):
+            base.register_buffer(name, tensor, persistent)
+        else:
+            super().register_buffer(name, tensor, persistent)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers it on the base, if that is a module."""
+        base = _base_of(self)
+        if isinstance(base, nn.Module):
+            base.register_parameter(name, param)
+        else:
+            super().register_parameter(name, param)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Adds it to the base, if that is a module."""
+        base = _base_of(self)
+        if isinstance(base, nn.Module):
+            base.add_module(name, module)
+        else:
+            super().add_module(name, module)
+
+    def register_module(self, name: str, module: nn.Module | None) -> None:
+        """As :meth:`add_module`."""
+        self.add_module(name, module)
+
+    def get_buffer(self, target: str) -> Tensor:
+        """A buffer, of the base if that has it."""
+        return self._looked_up("get_buffer", target)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """A parameter, of the base if that has it."""
+        return self._looked_up("get_parameter", target)  # type: ignore[return-value]
+
+    def _looked_up(self, how: str, target: str) -> Tensor:
+        base = _base_of(self)
+        found: Tensor
+        if isinstance(base, nn.Module) and target.split(".")[0] not in _OWN:
+            found = getattr(base, how)(target)
+        else:
+            found = getattr(super(), how)(target)
+        return found
+
+    def _is_own(self, name: str) -> bool:
+        base = _base_of(self)
+        if base is None or name in _OWN or name in self.__dict__ or hasattr(type(self), name):
+            return True
+        # A function takes attributes too, but it may be torch's, and used elsewhere.
+        return not isinstance(base, nn.Module) and not hasattr(base, name)
+
+    def _guarded(self, name: str, value: Any) -> Any:
+        """A method of the base as it is, or one that raises where its result depends on a sample.
+
+        The result would go on without the rate.
+        """
+        heads = self.climb.heads
+        if not heads or not inspect.ismethod(value) or value.__self__ is not self.base:
+            return value
+
+        @functools.wraps(value)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            result = value(*args, **kwargs)
+            if any(samples_behind(tensor, set(heads)) for tensor in _tensors(result)):
+                raise RuntimeError(
+                    f"the result of {name} depends on a sample of a GaussianHead, and would go "
+                    "without its rate: train on criterion(...). For the parts alone, to log them, "
+                    f"call criterion.base.{name}(...)."
+                )
+            return result
+
+        return guarded
+
+
+def _base_of(criterion: Door) -> Any:
+    """The base, or None while the criterion is being built or unpickled."""
+    own = criterion.__dict__
+    if "climb" not in own:
+        return None
+    base = own.get("_modules", {}).get("base")
+    return own.get("base") if base is None else base
+
+
+def _clash(name: str) -> str:
+    return (
+        f"both CLIMB and the base loss have {name!r}: say criterion.base.{name} for that of the "
+        f"base loss, criterion.climb.{name} for CLIMB's."
+    )
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, Mapping):
+        for item in result.values():
+            yield from _tensors(item)
+    elif isinstance(result, (list, tuple)):
+        for item in result:
+            yield from _tensors(item)
+    elif hasattr(result, "__dataclass_fields__"):
+        yield from _tensors(vars(result))
