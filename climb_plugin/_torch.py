@@ -1,4 +1,4 @@
-"""Holds every private name of torch that this package uses, each with why and with what replaces it.
+"""Holds every private name of torch that this package uses, with why, and what replaces it.
 
 Nothing else in the package may use a name of torch that begins with an underscore. One test goes
 through all functions here, so that a release of torch that drops a name is noticed by that name.
@@ -66,7 +66,7 @@ def transforms_active() -> bool:
 
 def without_transforms() -> AbstractContextManager[Any]:
     """Makes what is created within a plain tensor, though a transform of torch.func is at work."""
-    return torch._C._DisableFuncTorch()  # type: ignore[no-any-return, no-untyped-call]
+    return torch._C._DisableFuncTorch()
 
 
 def without_modes() -> AbstractContextManager[Any]:
@@ -75,7 +75,7 @@ def without_modes() -> AbstractContextManager[Any]:
     Selective checkpointing is one, and refuses operations of the second run that the first did
     not have. There is no public name.
     """
-    return _python_dispatch._disable_current_modes()  # type: ignore[no-any-return]
+    return _python_dispatch._disable_current_modes()
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -152,7 +152,7 @@ def on_save(module: nn.Module, hook: Callable[..., None]) -> None:
 
     ``register_state_dict_post_hook`` is public from torch 2.5 on, and replaces this.
     """
-    module._register_state_dict_hook(hook)  # type: ignore[no-untyped-call]
+    module._register_state_dict_hook(hook)
 
 
 def on_load(module: nn.Module, hook: Callable[..., None]) -> None:
@@ -160,4 +160,4 @@ def on_load(module: nn.Module, hook: Callable[..., None]) -> None:
 
     ``register_load_state_dict_pre_hook`` is public from torch 2.5 on, and replaces this.
     """
-    module._register_load_state_dict_pre_hook(hook, with_module=True)  # type: ignore[no-untyped-call]
+    module._register_load_state_dict_pre_hook(hook, with_module=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import warnings
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec, TypeVar, cast
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from climb_plugin._graph import noise
 from climb_plugin._graph.sample import draw, next_number
-from climb_plugin._torch import in_function_forward, is_batched, is_replica
+from climb_plugin._torch import in_function_forward, is_batched, is_replica, transforms_active
 from climb_plugin.gaussian import (
     LOGVAR_MAX,
     LOGVAR_MIN,
@@ -80,6 +81,8 @@ class GaussianHead(nn.Module):
         self.logvar = _Logvar(self.in_features, self.out_features, init_std=self.init_std)
         # The numbers of the last calls that gave a mean in training, by reason: for messages.
         self.calls_without_sample: dict[str, int] = {}
+        self._is_started = False  # Whether it has sampled, or was given other weights on purpose.
+        self.register_load_state_dict_post_hook(_start)
         noise.begin()
 
     def forward(self, embedding: Tensor) -> Tensor:
@@ -145,8 +148,22 @@ class GaussianHead(nn.Module):
         if not (posterior.mean.requires_grad or posterior.logvar.requires_grad):
             self._note_mean("frozen")
             return self.embed(embedding)
+        self._check_start()
         with _no_autocast(embedding):
             return draw(self, embedding, posterior).to(embedding.dtype)
+
+    def _check_start(self) -> None:
+        if self._is_started or transforms_active():
+            return
+        self._is_started = True
+        if not self.logvar.is_at_start():
+            warnings.warn(
+                "the log-variance of a GaussianHead does not start at init_std="
+                f"{self.init_std}: something has initialised its parameters anew, as a loop over "
+                "model.parameters() does. Call head.reset_parameters() after that loop, or wrap "
+                "the loss after it.",
+                stacklevel=2,
+            )
 
     def _note_mean(self, reason: str) -> None:
         if reason != "function" or self.logvar.bias.requires_grad:
@@ -218,6 +235,16 @@ class _Logvar(_Affine):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
         nn.init.constant_(self.bias, self._start)
+
+    def is_at_start(self) -> bool:
+        """Whether the weights are those of the start; waits for the device."""
+        bias = torch.full_like(self.bias, self._start)
+        return not bool(self.weight.any()) and bool(torch.equal(self.bias, bias))
+
+
+def _start(head: nn.Module, *_: object) -> None:
+    if isinstance(head, GaussianHead):
+        head._is_started = True
 
 
 def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:

@@ -174,7 +174,8 @@ class ClimbLoss(Door):
         """
         with self.climb.nesting:
             value = self.base(*args, **kwargs)
-        return self.climb.added_to(_checked_scalar(value), self.base)
+        total: Tensor = self.climb.added_to(_checked_scalar(value), self.base)
+        return total
 
     def climb_state(self) -> dict[str, Any]:
         """What a resumed run needs, in numbers and strings; part of the state dict's metadata.
@@ -182,7 +183,8 @@ class ClimbLoss(Door):
         For hosts that keep a loss out of their checkpoints. Waits for the device if beta lives
         there. To resume to the bit, save torch's random state at the same moment.
         """
-        return self.climb.state()
+        state: dict[str, Any] = self.climb.state()
+        return state
 
     def load_climb_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`climb_state` returned.
@@ -276,7 +278,22 @@ class Climb:
         Raises:
             ValueError: If ``step`` is not an int of 0 or more.
         """
-        self._steps.set(checked_step(step))
+        self._steps.set_to(checked_step(step))
+
+    def remove(self) -> None:
+        """Takes the heads off the model.
+
+        Raises:
+            ValueError: If it is not known where they are.
+        """
+        if len(self.attached) < len(self.heads):
+            raise ValueError(
+                "heads of this ClimbLoss were put into the model by hand: take these out by hand "
+                "as well; the base loss is criterion.base."
+            )
+        self._steps.stop()
+        for attached in self.attached:
+            attached.remove()
 
     def added_to(self, value: Tensor, base: Callable[..., Tensor]) -> Tensor:
         """The value of the base loss plus the bottleneck.
@@ -421,7 +438,7 @@ class Climb:
                     stacklevel=3,
                 )
         noise.restore(position)
-        self._steps.set(step)
+        self._steps.set_to(step)
 
     def config(self) -> dict[str, str]:
         """The settings, as a checkpoint compares them."""

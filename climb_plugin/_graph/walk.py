@@ -47,7 +47,7 @@ def foreign_samples_behind(value: Tensor, heads: set[GaussianHead]) -> list[Samp
 def leaves_behind(value: Tensor) -> list[ReferenceType[Tensor]]:
     """The tensors that a backward pass of ``value`` would give a gradient, held weakly."""
     return [
-        ref(node.variable)  # type: ignore[attr-defined]
+        ref(node.variable)
         for node in _nodes(value, oldest=0, leaves=True)
         if hasattr(node, "variable")
     ]

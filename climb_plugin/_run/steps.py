@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 from weakref import ReferenceType, WeakSet, ref
 
@@ -56,7 +57,7 @@ class Steps:
             self._skipped = None
         return self._steps
 
-    def set(self, step: int) -> None:
+    def set_to(self, step: int) -> None:
         """Says where the count stands; optimiser steps go on from there."""
         self._steps, self._skipped = step, None
         self._was_set = True
@@ -96,8 +97,12 @@ class Steps:
             self._counting = ref(optimizer)
             self._count(optimizer)
             self._check_prior(held)
-        elif trained and self._holder_is_gone(trained) and self._moves(held):
+        elif self._fresh and trained and self._holder_is_gone(trained) and self._moves(held):
             self._check_held(trained)
+
+    def stop(self) -> None:
+        """Ends the watch, where the heads have been taken off the model."""
+        _all.discard(self)
 
     def _count(self, optimizer: Optimizer) -> None:
         if not self._fresh:
@@ -173,13 +178,13 @@ def _held(optimizer: Optimizer) -> set[int]:
 
 
 def _watch(steps: Steps) -> None:
-    if not _all_registered:
-        register_optimizer_step_post_hook(_after_step)
-        _all_registered.append(True)
+    _register()
     _all.add(steps)
 
 
-_all_registered: list[bool] = []
+@cache
+def _register() -> None:
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
