@@ -66,7 +66,7 @@ def attach(
     """Hangs a Gaussian head on ``student``, and a frozen twin on ``teacher``.
 
     A forward hook samples; no layer is added, so indices, ``len`` and the keys of the state dict
-    mean what they meant. The head's parameters are hosted by the last layer, under ``gaussian``.
+    mean what they meant. Its parameters are hosted by the layer there, under ``gaussian``.
     Call it before the optimiser is built: they are new.
 
     Args:
@@ -142,7 +142,7 @@ class _Hung:
         self._inside = False
 
     def hang(self, module: nn.Module) -> None:
-        host = _host(module)
+        host = _host(module, self.place)
         if hasattr(host, NAME):
             raise ValueError(
                 f"{NAME!r} is what the head is called in its place, and {type(host).__name__} has "
@@ -240,18 +240,20 @@ class _Hung:
             self._handles[1] = self._hook(part)
 
 
-def _host(module: nn.Module) -> nn.Module:
-    """The last layer of the last layer, and so on, that the module has only once.
+def _host(module: nn.Module, place: Place) -> nn.Module:
+    """The layer next to the place, of those that the module has only once.
 
     As a child of that the head is in the model's parameters and checkpoints, and whoever indexes,
-    iterates or cuts off layers finds those of the host alone.
+    iterates or cuts off layers finds those of the host alone. The module's last layer would not
+    do: a DINO head's are its prototypes, whose gradients the script deletes in the first epoch.
     """
     places = [part for _, part in module.named_modules(remove_duplicate=False)]
+    host = module if place.is_shared else module.get_submodule(place.path)
     while True:
-        children = [child for child in module.children() if places.count(child) == 1]
+        children = [child for child in host.children() if places.count(child) == 1]
         if not children:
-            return module
-        module = children[-1]
+            return host
+        host = children[0 if place.before else -1]
 
 
 def _check_module(role: str, module: nn.Module) -> None:
