@@ -174,7 +174,8 @@ class _Hung:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.place.is_shared:
             self._inside = True
-        if self.head.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Not the head's mode: a head that was lost would not know that the module trains.
+        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._check(module)
         return self._sample_input(module, args, kwargs) if self.place.before else None
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from climb_plugin._graph.walk import samples_behind
+from climb_plugin.head import GaussianHead
 
 _OWN = frozenset({"base", "climb", "climb_priors"})
 
@@ -33,6 +34,10 @@ class Short:
     def __set__(self, criterion: Any, value: Any) -> None:
         self._check(criterion)
         setattr(criterion.climb, self._name, value)
+
+    def __delete__(self, criterion: Any) -> None:
+        self._check(criterion)
+        raise AttributeError(f"{self._name} is CLIMB's, and cannot be deleted.")
 
     def _check(self, criterion: Door) -> None:
         if hasattr(criterion.base, self._name):
@@ -134,23 +139,23 @@ class Door(nn.Module):
         return not isinstance(base, nn.Module) and not hasattr(base, name)
 
     def _guarded(self, name: str, value: Any) -> Any:
-        """A method of the base as it is, or one that raises where its result depends on a sample.
+        """What the base has under a name, but nothing that depends on a sample.
 
-        The result would go on without the rate.
+        Such a value would go on without its rate. Of a method the result is looked at.
         """
-        heads = self.climb.heads
-        if not heads or not inspect.ismethod(value) or value.__self__ is not self.base:
+        heads = set(self.climb.heads)
+        if not heads:
+            return value
+        if _depends(value, heads):
+            raise AttributeError(_past_the_door(name, f"criterion.base.{name}"))
+        if not inspect.isroutine(value) or not hasattr(type(self.base), name):
             return value
 
         @functools.wraps(value)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             result = value(*args, **kwargs)
-            if any(samples_behind(tensor, set(heads)) for tensor in _tensors(result)):
-                raise RuntimeError(
-                    f"the result of {name} depends on a sample of a GaussianHead, and would go "
-                    "without its rate: train on criterion(...). For the parts alone, to log them, "
-                    f"call criterion.base.{name}(...)."
-                )
+            if _depends(result, heads):
+                raise RuntimeError(_past_the_door(name, f"criterion.base.{name}(...)"))
             return result
 
         return guarded
@@ -170,6 +175,17 @@ def _clash(name: str) -> str:
         f"both CLIMB and the base loss have {name!r}: say criterion.base.{name} for that of the "
         f"base loss, criterion.climb.{name} for CLIMB's."
     )
+
+
+def _past_the_door(name: str, instead: str) -> str:
+    return (
+        f"{name} of the base loss depends on a sample of a GaussianHead, and would go without its "
+        f"rate: train on criterion(...). To look at it alone, for a log, take {instead}."
+    )
+
+
+def _depends(value: Any, heads: set[GaussianHead]) -> bool:
+    return any(samples_behind(tensor, heads) for tensor in _tensors(value))
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

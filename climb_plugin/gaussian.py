@@ -51,7 +51,7 @@ def reparameterize(mean: Tensor, logvar: Tensor, *, noise: Tensor) -> Tensor:
         tensor([[2., 2.]])
     """
     mean, logvar, noise = checked(mean, logvar, noise)
-    return torch.addcmul(mean, noise, torch.exp(logvar / 2))
+    return mean + noise * torch.exp(logvar / 2)
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ class GaussianHead(nn.Module):
         self.init_std = _checked_std(init_std)
         self.mean = None if out_features is None else _Mean(self.in_features, self.out_features)
         self.logvar = _Logvar(self.in_features, self.out_features, init_std=self.init_std)
-        # The numbers of the last calls that gave a mean in training, by reason: for messages.
-        self.calls_without_sample: dict[str, int] = {}
+        # The numbers of the last calls in training, by what came of them: for messages.
+        self.last_calls: dict[str, int] = {}
         self._is_started = False  # Whether it has sampled, or was given other weights on purpose.
         self.register_load_state_dict_post_hook(_start)
         noise.begin()
@@ -90,7 +90,7 @@ class GaussianHead(nn.Module):
         if self.training and torch.is_grad_enabled():
             return outside_compiled_code(self._sample)(embedding)
         if self.training and not torch.compiler.is_compiling():
-            self._note_mean("function" if in_function_forward() else "no_grad")
+            self._note("function" if in_function_forward() else "no_grad")
         return self.embed(embedding)
 
     def embed(self, embedding: Tensor) -> Tensor:
@@ -146,9 +146,10 @@ class GaussianHead(nn.Module):
             )
         # Not the parameters: FSDP flattens them and functional_call puts others in their place.
         if not (posterior.mean.requires_grad or posterior.logvar.requires_grad):
-            self._note_mean("frozen")
+            self._note("frozen")
             return self.embed(embedding)
         self._check_start()
+        self._note("sampled")
         with _no_autocast(embedding):
             return draw(self, embedding, posterior).to(embedding.dtype)
 
@@ -165,9 +166,9 @@ class GaussianHead(nn.Module):
                 stacklevel=2,
             )
 
-    def _note_mean(self, reason: str) -> None:
-        if reason != "function" or self.logvar.bias.requires_grad:
-            self.calls_without_sample[reason] = next_number()
+    def _note(self, outcome: str) -> None:
+        if outcome != "function" or self.logvar.bias.requires_grad:
+            self.last_calls[outcome] = next_number()
 
     def _check(self, embedding: Tensor) -> None:
         if not isinstance(embedding, Tensor) or not embedding.is_floating_point():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,18 @@ from torch import Tensor
 
 from climb_plugin._torch import without_transforms
 
-# Of this process: the state of torch's generator at the last look, as a number, and how many
-# draws were made since it came to be.
+# Of this process: the state of torch's generator at the last look, as a number, how many draws
+# were made since it came to be, and how many times the count was begun anew.
 _state: int | None = None
 _drawn = 0
+_run = 0
+
+
+class Seed(NamedTuple):
+    """The seed of a draw, and the run of this process that it belongs to."""
+
+    run: int
+    value: int
 
 
 def begin() -> None:
@@ -28,12 +37,13 @@ def begin() -> None:
     A run that is repeated in one process may come to its first draw in the very state in which
     the run before it made its last one. Only the building of a head tells that a run began.
     """
-    global _drawn
+    global _drawn, _run
     _look()
     _drawn = 0
+    _run += 1
 
 
-def next_seed(taken: Container[int]) -> int:
+def next_seed(taken: Container[Seed]) -> Seed:
     """The seed of the next draw.
 
     Args:
@@ -45,16 +55,18 @@ def next_seed(taken: Container[int]) -> int:
     # Asked for at each draw: a process group may be made after the model.
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     while True:
-        seed = _digest(f"{state} {rank} {_drawn}".encode())
+        seed = Seed(_run, _digest(f"{state} {rank} {_drawn}".encode()))
         _drawn += 1
         if seed not in taken:
             return seed
 
 
-def normal(seed: int, like: Tensor) -> Tensor:
+def normal(seed: Seed, like: Tensor) -> Tensor:
     """Standard normal noise of the shape, dtype and device of ``like``."""
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    generator = torch.Generator(device=like.device).manual_seed(seed.value)
+    # Outside of transforms, which forbid random numbers: it is a constant to them.
+    with without_transforms():
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def position() -> tuple[int, int] | None:

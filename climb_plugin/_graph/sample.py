@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet, WeakValueDictionary
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import Node
@@ -33,7 +34,7 @@ _KEY = "climb_plugin"
 _numbers = itertools.count(1)
 # Samples whose graph is alive and was not freed, by number and by seed.
 _alive: WeakValueDictionary[int, Sample] = WeakValueDictionary()
-_seeds: WeakValueDictionary[int, Sample] = WeakValueDictionary()
+_seeds: WeakValueDictionary[noise.Seed, Sample] = WeakValueDictionary()
 # Those that the running backward pass has freed: what comes before them may still run again.
 _freed: tuple[int | None, WeakSet[Sample]] = (None, WeakSet())
 
@@ -72,6 +73,7 @@ class Sample:
         global _freed
         self.posterior = None
         _alive.pop(self.number, None)
+        _seeds.pop(self.seed, None)  # so that what a script keeps does not change a later draw
         running = backward_pass()
         if _freed[0] != running:
             _freed = running, WeakSet()
@@ -81,14 +83,14 @@ class Sample:
 def draw(head: GaussianHead, embedding: Tensor, posterior: Posterior) -> Tensor:
     """A sample of ``posterior``, whose autograd node holds it."""
     sample = Sample(head, posterior, Fingerprint(embedding))
-    value = reparameterize(*posterior, noise=noise.normal(sample.seed, posterior.mean))
-    if value.grad_fn is None:  # forward-mode differentiation alone: there is no graph
-        return value
+    mean, logvar = posterior
+    normal = noise.normal(sample.seed, mean)
     if transforms_active():
         # A function would have nodes of its own for each transform; these keep their metadata.
-        _metadata(value.grad_fn)[_KEY] = sample
+        value = reparameterize(mean, logvar, noise=normal)
+        _metadata(cast("Node", value.grad_fn))[_KEY] = sample
     else:
-        value = cast("Tensor", _Tie.apply(value, sample))
+        value = cast("Tensor", _Sum.apply(mean, normal * torch.exp(logvar / 2), sample))
     sample.sequence = sequence_number(cast("Node", value.grad_fn))
     return value
 
@@ -117,20 +119,23 @@ def _first_runs(head: GaussianHead) -> Iterator[Sample]:
     return (one for one in samples if one.head is head and not one.is_second_run)
 
 
-class _Tie(Function):
-    """Passes a sample on; the function's context, which is the node, holds where it came from."""
+class _Sum(Function):
+    """Adds mean and deviation; the function's context, which is the node, holds the sample.
+
+    The last step of the reparameterisation, as it needs to save nothing for its gradient: reading
+    saved tensors would run checkpointed code once more.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, sample: Sample) -> Tensor:
+    def forward(ctx: Any, mean: Tensor, deviation: Tensor, sample: Sample) -> Tensor:
         ctx.climb_sample = sample
-        ctx.mark_dirty(value)
-        return value
+        return mean + deviation
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         if not graph_is_kept():
             ctx.climb_sample.free()
-        return gradient, None
+        return gradient, gradient, None
 
 
 def _metadata(node: Node) -> dict[str, Any]:

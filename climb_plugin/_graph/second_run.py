@@ -16,6 +16,7 @@ from torch import Tensor
 from climb_plugin._torch import plain, without_modes, without_transforms
 
 if TYPE_CHECKING:
+    from climb_plugin._graph.noise import Seed
     from climb_plugin._graph.sample import Sample
 
 _ADVICE = (
@@ -28,12 +29,13 @@ class Fingerprint:
     """One number for each row of a batch, on its device.
 
     Args:
-        embedding: Of shape (..., B, D), in float32 or float64.
+        embedding: Of shape (..., B, D).
     """
 
     def __init__(self, embedding: Tensor) -> None:
         with torch.no_grad(), without_transforms():
             rows = plain(embedding).detach().flatten(0, -2)
+            rows = rows if rows.dtype == torch.float64 else rows.float()
             self._rows = rows @ _direction(rows.shape[-1], rows.dtype, rows.device)
 
     def content(self) -> bytes:
@@ -42,7 +44,7 @@ class Fingerprint:
             return self._rows.cpu().numpy().tobytes()
 
 
-def seed_of_first_run(fingerprint: Fingerprint, firsts: Iterable[Sample]) -> int:
+def seed_of_first_run(fingerprint: Fingerprint, firsts: Iterable[Sample]) -> Seed:
     """The seed of the one sample whose fingerprint this is.
 
     Args:

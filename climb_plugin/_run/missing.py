@@ -64,16 +64,15 @@ class Wiring:
         )
 
     def _may_be_unused(self, place: int, last: int) -> bool:
-        return place in self._proven and self._was_called(place, last)
-
-    def _was_called(self, place: int, last: int) -> bool:
-        return any(sample.number > last for sample in alive({self._heads[place]}))
+        """Whether the script still holds a sample, and earlier batches had a use for it."""
+        samples = alive({self._heads[place]})
+        return place in self._proven and any(sample.number > last for sample in samples)
 
     def _check_reentrant(self, last: int) -> None:
         hidden = [
             place
             for place, head in enumerate(self._heads)
-            if head.calls_without_sample.get("function", 0) > last
+            if head.last_calls.get("function", 0) > last
         ]
         if hidden:
             raise RuntimeError(
@@ -93,21 +92,21 @@ class Wiring:
         )
 
     def _cause(self, value: Tensor, place: int, last: int) -> str:
-        unsampled = self._heads[place].calls_without_sample
+        last_calls = self._heads[place].last_calls
         if foreign_samples_behind(value, set(self._heads)):
             return (
                 "it depends on samples of other heads. If model or criterion is a copy "
                 "(copy.deepcopy, pickle), the heads of this criterion are not those in the model: "
                 "copy both together, or wrap the loss of the copied model anew."
             )
-        if self._was_called(place, last):
+        if last_calls.get("sampled", 0) > last:
             return (
                 "it was called and did sample, but its sample does not reach the loss: it was "
                 "detached, or is not used."
             )
-        if unsampled.get("no_grad", 0) > last:
+        if last_calls.get("no_grad", 0) > last:
             return "it was called under torch.no_grad(), where a head passes on its mean."
-        if unsampled.get("frozen", 0) > last:
+        if last_calls.get("frozen", 0) > last:
             return "it was called frozen: neither its input nor what it used requires a gradient."
         more = " Forward-mode differentiation alone has no samples." if transforms_active() else ""
         return (

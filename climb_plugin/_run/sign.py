@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor
 
 from climb_plugin._torch import plain, without_transforms
@@ -25,9 +26,12 @@ class SignWatch:
         """
         if self._warned:
             return
-        with without_transforms():
-            negative = (plain(gradient).detach() < 0).any().reshape(1)
-            self._warned = bool(self._flags.raised(negative))
+        try:
+            with without_transforms(), torch.no_grad():
+                negative = (plain(gradient) < 0).reshape(1)
+                self._warned = bool(self._flags.raised(negative))
+        except RuntimeError:  # batched gradients (is_grads_batched) have no value to look at
+            return
         if self._warned:
             warnings.warn(
                 "the gradient that reaches CLIMB's terms is negative, so the training maximises "
