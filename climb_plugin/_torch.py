@@ -96,6 +96,11 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; autograd compares the same for saved tensors."""
+    return plain(tensor)._version
+
+
 def is_compiled_in_place(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called: later hooks would not run in what it compiled."""
     return getattr(module, "_compiled_call_impl", None) is not None

@@ -66,7 +66,7 @@ def attach(
     """Hangs a Gaussian head on ``student``, and a frozen twin on ``teacher``.
 
     A forward hook samples; no layer is added, so indices, ``len`` and the keys of the state dict
-    mean what they meant. Its parameters are hosted by the layer there, under ``gaussian``.
+    mean what they meant. Its parameters are hosted by one of the layers, under ``gaussian``.
     Call it before the optimiser is built: they are new.
 
     Args:
@@ -156,7 +156,9 @@ class _Hung:
         if not self.place.before:
             self._handles.append(self._hook(module.get_submodule(self.place.path)))
         if self.place.is_shared:
-            self._handles.append(module.register_forward_hook(self._leave, prepend=True))
+            self._handles.append(
+                module.register_forward_hook(self._leave, prepend=True, always_call=True)
+            )
 
     def remove(self, module: nn.Module) -> None:
         for handle in self._handles:
@@ -242,19 +244,20 @@ class _Hung:
 
 
 def _host(module: nn.Module, place: Place) -> nn.Module:
-    """The layer next to the place, of those that the module has only once.
+    """The layer whose child the head becomes, so that its parameters are in the model.
 
-    As a child of that the head is in the model's parameters and checkpoints, and whoever indexes,
-    iterates or cuts off layers finds those of the host alone. The module's last layer would not
-    do: a DINO head's are its prototypes, whose gradients the script deletes in the first epoch.
+    The last layer without parameters, such as an activation, of those that the module has only
+    once. Whoever indexes, freezes, saves or cuts off a layer with parameters finds those of the
+    host alone. (Those of a DINO head's prototypes even lose their gradients in the first epoch.)
+    Where there is none: the last layer of what the head acts on.
     """
-    places = [part for _, part in module.named_modules(remove_duplicate=False)]
-    host = module if place.is_shared else module.get_submodule(place.path)
-    while True:
-        children = [child for child in host.children() if places.count(child) == 1]
-        if not children:
-            return host
-        host = children[0 if place.before else -1]
+    names: list[nn.Module] = [part for _, part in module.named_modules(remove_duplicate=False)]
+    leaves = [part for part in names if names.count(part) == 1 and not any(part.children())]
+    free = [part for part in leaves if not any(True for _ in _named_tensors(part))]
+    if free:
+        return free[-1]
+    own = set(module.get_submodule(place.path).modules())
+    return next((part for part in reversed(leaves) if part in own), module)
 
 
 def _check_module(role: str, module: nn.Module) -> None:

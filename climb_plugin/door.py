@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from climb_plugin._graph.walk import samples_behind
 from climb_plugin.head import GaussianHead
 
 _OWN = frozenset({"base", "climb", "climb_priors"})
+# Names that torch's modules have of their own (type, half, ...); a base may mean something else.
+_OF_TORCH = frozenset(name for name in dir(nn.Module) if not name.startswith("_")) - {"forward"}
 
 
 class Short:
@@ -49,6 +52,13 @@ class Door(nn.Module):
 
     base: Callable[..., Any]
     climb: Any
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _OF_TORCH:
+            base = _base_of(self)
+            if name != "training" and name in getattr(base, "__dict__", ()):
+                return getattr(base, name)
+        return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
         if isinstance(getattr(type(self), name, None), Short):
@@ -133,7 +143,11 @@ class Door(nn.Module):
 
     def _is_own(self, name: str) -> bool:
         base = _base_of(self)
-        if base is None or name in _OWN or name in self.__dict__ or hasattr(type(self), name):
+        if base is None or name in _OWN or name in self.__dict__:
+            return True
+        if name in _OF_TORCH and name in getattr(base, "__dict__", ()):
+            return False
+        if hasattr(type(self), name):
             return True
         # A function takes attributes too, but it may be torch's, and used elsewhere.
         return not isinstance(base, nn.Module) and not hasattr(base, name)
@@ -148,7 +162,8 @@ class Door(nn.Module):
             return value
         if _depends(value, heads):
             raise AttributeError(_past_the_door(name, f"criterion.base.{name}"))
-        if not inspect.isroutine(value) or not hasattr(type(self.base), name):
+        method = inspect.getattr_static(type(self.base), name, None)
+        if not isinstance(method, (FunctionType, staticmethod, classmethod)):
             return value
 
         @functools.wraps(value)

@@ -79,7 +79,7 @@ class GaussianHead(nn.Module):
         self.init_std = _checked_std(init_std)
         self.mean = None if out_features is None else _Mean(self.in_features, self.out_features)
         self.logvar = _Logvar(self.in_features, self.out_features, init_std=self.init_std)
-        # The numbers of the last calls in training, by what came of them: for messages.
+        # The numbers of the last calls, by what came of them: for messages.
         self.last_calls: dict[str, int] = {}
         self._is_started = False  # Whether it has sampled, or was given other weights on purpose.
         self.register_load_state_dict_post_hook(_start)
@@ -89,8 +89,8 @@ class GaussianHead(nn.Module):
         """A sample of the posterior where a gradient flows, its mean elsewhere."""
         if self.training and torch.is_grad_enabled():
             return outside_compiled_code(self._sample)(embedding)
-        if self.training and not torch.compiler.is_compiling():
-            self._note("function" if in_function_forward() else "no_grad")
+        if not torch.compiler.is_compiling():
+            self._note_mean()
         return self.embed(embedding)
 
     def embed(self, embedding: Tensor) -> Tensor:
@@ -138,6 +138,11 @@ class GaussianHead(nn.Module):
             raise RuntimeError(
                 "a GaussianHead in training cannot be traced: trace the eval() model."
             )
+        if hasattr(self.logvar.bias, "device_mesh") and not hasattr(embedding, "device_mesh"):
+            raise RuntimeError(
+                "the parameters of a GaussianHead are sharded while it runs, because the layer "
+                "that hosts them was sharded by itself: call fully_shard(criterion.heads[0]) before."
+            )
         posterior = self.posterior(embedding)
         if is_batched(posterior.mean) or is_batched(posterior.logvar):
             raise RuntimeError(
@@ -165,6 +170,12 @@ class GaussianHead(nn.Module):
                 "the loss after it.",
                 stacklevel=2,
             )
+
+    def _note_mean(self) -> None:
+        if torch.is_grad_enabled():
+            self._note("eval")
+        elif self.training:
+            self._note("function" if in_function_forward() else "no_grad")
 
     def _note(self, outcome: str) -> None:
         if outcome != "function" or self.logvar.bias.requires_grad:

@@ -18,7 +18,7 @@ from climb_plugin._run.missing import Wiring
 from climb_plugin._run.nesting import Nesting
 from climb_plugin._run.sign import SignWatch
 from climb_plugin._run.steps import Steps
-from climb_plugin._torch import is_batched, on_load, on_save, plain, without_transforms
+from climb_plugin._torch import is_batched, on_load, on_save, plain, version, without_transforms
 from climb_plugin.attach import Attached
 from climb_plugin.collapse import CollapseWatch
 from climb_plugin.door import Door, Short
@@ -147,10 +147,10 @@ class ClimbLoss(Door):
         self.climb = Climb(
             heads=checked,
             schedule=as_schedule(beta),
-            alpha=checked_number("alpha", alpha),
+            alpha=alpha,
             prior=prior,
             priors=self.climb_priors,
-            free_nats=checked_number("free_nats", free_nats),
+            free_nats=free_nats,
             check_base=check_base,
         )
         self.climb.attached = _attached(heads)
@@ -206,11 +206,6 @@ class Climb:
     """The bottleneck of one criterion: what :class:`ClimbLoss` adds to its base.
 
     Attributes:
-        heads: The heads; they belong to the model.
-        schedule: Beta over the optimiser steps.
-        alpha: Weight of the conditional entropy.
-        prior: Name of the prior.
-        free_nats: Nats that cost nothing.
         attached: Where the heads hang, as far as :func:`~climb_plugin.attach.attach` hung them.
     """
 
@@ -225,13 +220,12 @@ class Climb:
         free_nats: float,
         check_base: bool,
     ) -> None:
-        self.heads = heads
-        self.schedule = schedule
+        self._heads = heads
+        self._prior = prior
         self.alpha = alpha
-        self.prior = prior
-        self.free_nats = free_nats
+        self._free_nats = checked_number("free_nats", free_nats)
+        self.schedule = schedule
         self.attached: tuple[Attached, ...] = ()
-        self._check_settings()
         self._priors = priors
         self._terms: ClimbTerms | None = None
         self.nesting = Nesting(active=bool(heads))
@@ -241,8 +235,54 @@ class Climb:
         self._collapse = CollapseWatch()
         self._sign = SignWatch()
         self._ranks_checked = False
+
+    @property
+    def heads(self) -> tuple[GaussianHead, ...]:
+        """The heads; they belong to the model."""
+        return self._heads
+
+    @property
+    def prior(self) -> str:
+        """Name of the prior."""
+        return self._prior
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the conditional entropy; can be set.
+
+        Raises:
+            TypeError: If it is set to no number.
+            ValueError: If it is negative or not finite.
+        """
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self._alpha = checked_number("alpha", alpha)
+
+    @property
+    def free_nats(self) -> float:
+        """Nats that cost nothing, per sample and head."""
+        return self._free_nats
+
+    @property
+    def schedule(self) -> Schedule:
+        """Beta over the optimiser steps; can be set, to a number too.
+
+        Raises:
+            TypeError: If it is set to neither a number nor a schedule.
+            ValueError: If a number is out of range, or nothing is there to act on; if a target
+                rate lies within the free nats or belongs to another loss.
+        """
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, beta: float | Schedule) -> None:
+        schedule = as_schedule(beta)
+        self._check_schedule(schedule)
         if isinstance(schedule, TargetRate):
             schedule.belong_to(self)
+        self._schedule = schedule
 
     @property
     def terms(self) -> ClimbTerms:
@@ -377,16 +417,16 @@ class Climb:
         beta = self.schedule(self.step)
         return beta if isinstance(beta, Tensor) else checked_beta("the schedule's beta", beta)
 
-    def _check_settings(self) -> None:
-        if not self.heads and self.schedule != Constant(0.0):
+    def _check_schedule(self, schedule: Schedule) -> None:
+        if not self.heads and schedule != Constant(0.0):
             raise ValueError(
-                f"beta={self.schedule!r} has nothing to act on: heads is empty. Pass the "
-                "GaussianHead that is in the model."
+                f"beta={schedule!r} has nothing to act on: heads is empty. Pass the GaussianHead "
+                "that is in the model."
             )
         free = self.free_nats * len(self.heads)
-        if isinstance(self.schedule, TargetRate) and self.schedule.nats <= free:
+        if isinstance(schedule, TargetRate) and schedule.nats <= free:
             raise ValueError(
-                f"a target rate of {self.schedule.nats} nats cannot be held while {free} nats are "
+                f"a target rate of {schedule.nats} nats cannot be held while {free} nats are "
                 "free: below these no beta has an effect. Lower free_nats or raise the target."
             )
 
@@ -507,6 +547,11 @@ def _posterior(sample: Sample) -> Posterior:
         raise RuntimeError(
             "a posterior that this loss depends on is gone, because a backward pass has freed the "
             "graph of its sample: compute the loss before, or call backward(retain_graph=True)."
+        )
+    if sample.version != version(sample.posterior.mean):
+        raise RuntimeError(
+            "an embedding was changed in place after its GaussianHead had drawn a sample of it, so "
+            "the posterior of the sample is gone: use the operation that is not in place."
         )
     return sample.posterior
 

@@ -142,7 +142,7 @@ def _is_shared(module: nn.Module, path: str) -> bool:
 
 
 class _Probe:
-    """What a module does with a few random rows; it is a copy that runs.
+    """What a module does with a few random rows; copies of it run, and it is left alone.
 
     Args:
         module: Maps (B, width) to (B, D).
@@ -159,7 +159,7 @@ class _Probe:
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         generator = torch.Generator(device="cpu").manual_seed(0)
         rows = torch.randn(_ROWS, width, generator=generator, device="cpu")
-        self.module = module
+        self._module = _copied(module, parameters=True)
         self.rows = rows.to(parameter.device, wide)
         self.widths: dict[str, int] = {}
         self._unit_inputs: list[str] = []
@@ -243,44 +243,54 @@ class _Probe:
         scaled: Callable[[Tensor], Tensor] | None = None,
         before: bool = False,
     ) -> Any:
-        copied = _copy(self.module)
+        module = _copied(self._module, parameters=False)
         if watch is not None:
-            for name, part in copied.named_modules():
+            for name, part in module.named_modules():
                 if name:
                     part.register_forward_hook(
                         lambda _, *seen, path=name, do=watch: do(path, *seen)
                     )
         if scaled is not None and before:
-            copied.get_submodule(path).register_forward_pre_hook(
+            module.get_submodule(path).register_forward_pre_hook(
                 lambda _, args: (scaled(args[0]), *args[1:])
             )
         elif scaled is not None:
-            copied.get_submodule(path).register_forward_hook(lambda _, args, output: scaled(output))
+            module.get_submodule(path).register_forward_hook(lambda _, args, output: scaled(output))
         devices = [rows.device] if rows.is_cuda else []
         # Each run draws the same numbers, should the module draw any.
         with torch.no_grad(), torch.random.fork_rng(devices), no_global_hooks():
-            return copied(rows)
+            return module(rows)
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    """A copy in training mode, with hooks taken off, that has its tensors but shares parameters.
+def _copied(module: nn.Module, *, parameters: bool) -> nn.Module:
+    """A copy in training mode, with hooks taken off.
 
     Half precision is float32 there, which does not blur the outcome.
+
+    Args:
+        module: What is copied.
+        parameters: Whether its parameters are copied too, or shared.
     """
     memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        half = parameter.dtype in (torch.float16, torch.bfloat16)
-        memo[id(parameter)] = nn.Parameter(parameter.detach().float()) if half else parameter
-    # Others as they are or as copies: weight_norm leaves results with a graph, which refuse.
     for part in module.modules():
+        # Others than parameters as well: weight_norm leaves results with a graph, which refuse.
         for tensor in [*part.buffers(recurse=False), *vars(part).values()]:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                half = tensor.dtype in (torch.float16, torch.bfloat16)
-                memo[id(tensor)] = tensor.detach().float() if half else tensor.detach().clone()
-    copied = copy.deepcopy(module, memo)
-    for part in copied.modules():
+                memo[id(tensor)] = _wide(tensor.detach()).clone()
+    for parameter in module.parameters():
+        if parameters:
+            value = _wide(parameter.detach()).clone()
+            memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
+        else:
+            memo[id(parameter)] = parameter
+    copy_of = copy.deepcopy(module, memo)
+    for part in copy_of.modules():
         clear_hooks(part)
-    return copied.train()
+    return copy_of.train()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _is_batch(value: object) -> TypeGuard[Tensor]:

@@ -261,7 +261,7 @@ class TargetRate:
         Raises:
             ValueError: If it belongs to another loss.
         """
-        if self._owner is not None:
+        if self._owner is not None and self._owner() is not owner:
             if self._owner() is not None:
                 raise ValueError(
                     "this TargetRate belongs to another loss, whose rate it sees: it cannot hold "

@@ -24,6 +24,7 @@ from climb_plugin._torch import (
     graph_is_kept,
     sequence_number,
     transforms_active,
+    version,
 )
 from climb_plugin.gaussian import Posterior, reparameterize
 
@@ -46,6 +47,7 @@ class Sample:
         head: Whose draw.
         number: Its place among all draws of this process.
         posterior: What it was drawn from; None once a backward pass has freed the graph.
+        version: Of the mean, which tells whether it was changed in place since.
         fingerprint: Of the embedding, by which a second run of checkpointed code is recognised.
         is_second_run: Whether a backward pass was running when it was drawn.
         seed: Of its noise.
@@ -57,6 +59,7 @@ class Sample:
         self.head = head
         self.number = next(_numbers)
         self.posterior: Posterior | None = posterior
+        self.version = version(posterior.mean)
         self.fingerprint = fingerprint
         self.is_second_run = backward_pass() is not None
         self.thread = threading.get_ident()

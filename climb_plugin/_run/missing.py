@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from climb_plugin._graph.sample import Sample, alive, next_number
+from climb_plugin._graph.sample import Sample, next_number
 from climb_plugin._graph.walk import foreign_samples_behind
 from climb_plugin._torch import transforms_active
 
@@ -53,20 +53,36 @@ class Wiring:
                     "pass on their means, there is nothing to regularise, and the loss is the "
                     "base loss alone."
                 )
+            self._check_asleep(value, missing, last)
             return
         lost = [place for place in trained if not self._may_be_unused(place, last)]
         if lost:
             raise RuntimeError(self._message(value, lost, last))
         self._warn(
             f"this batch's base loss depends on no sample of {self._names(trained)}, though "
-            "earlier ones did (a batch without positives?): for such batches the bottleneck is "
-            "left out, and terms.rate is NaN where no head is left."
+            "earlier ones did (a batch without positives? Or was it detached?): for such batches "
+            "the bottleneck is left out, and terms.rate is NaN where no head is left."
         )
 
+    def _check_asleep(self, value: Tensor, missing: list[int], last: int) -> None:
+        """Notices a head that is in eval() because no module holds it any more."""
+        lost = [
+            place
+            for place in missing
+            if not self._heads[place].training
+            and self._heads[place].last_calls.get("eval", 0) <= last
+        ]
+        if lost and value.requires_grad:
+            self._warn(
+                f"{self._names(lost)} is in eval() and was not called for this loss, which is "
+                "therefore the base loss alone. Was the module that it hung on replaced? Then "
+                "wrap the loss of the new one."
+            )
+
     def _may_be_unused(self, place: int, last: int) -> bool:
-        """Whether the script still holds a sample, and earlier batches had a use for it."""
-        samples = alive({self._heads[place]})
-        return place in self._proven and any(sample.number > last for sample in samples)
+        """Whether the head did sample in this step, and earlier batches had a use for that."""
+        sampled = self._heads[place].last_calls.get("sampled", 0)
+        return place in self._proven and sampled > last
 
     def _check_reentrant(self, last: int) -> None:
         hidden = [
@@ -97,7 +113,8 @@ class Wiring:
             return (
                 "it depends on samples of other heads. If model or criterion is a copy "
                 "(copy.deepcopy, pickle), the heads of this criterion are not those in the model: "
-                "copy both together, or wrap the loss of the copied model anew."
+                "copy both together, or wrap the loss of the copied model anew. If they are a "
+                "teacher's: one that is neither frozen nor under no_grad samples as well."
             )
         if last_calls.get("sampled", 0) > last:
             return (
