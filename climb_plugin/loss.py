@@ -452,7 +452,7 @@ class Climb:
                     stacklevel=3,
                 )
         noise.restore(position)
-        self._steps.set_to(step)
+        self._steps.restore(step)
 
     def __getstate__(self) -> dict[str, Any]:
         # Who watches the original in a training of a host knows nothing of a copy.

@@ -58,9 +58,16 @@ class Steps:
         return self._steps
 
     def set_to(self, step: int) -> None:
-        """Says where the count stands; optimiser steps go on from there."""
-        self._steps, self._skipped = step, None
+        """Says where the count stands; optimiser steps go on from there.
+
+        Backward passes count no more: a loop that no hook sees may say every step by itself.
+        """
+        self.restore(step)
         self._was_set = True
+
+    def restore(self, step: int) -> None:
+        """Goes on from a count that was saved, by whatever it was counted."""
+        self._steps, self._skipped = step, None
 
     def loss_called(self, value: Tensor) -> None:
         """Notes a call of the loss that trains.
