@@ -41,6 +41,7 @@ class Steps:
         self._steps = 0
         self._was_set = False
         self._fresh = False  # Whether the loss was called since the last step that counted.
+        self._called = False  # The same, where backward passes are not what counts.
         self._skipped: Tensor | None = None
         self._counting: ReferenceType[Optimizer] | None = None
         self._looked = False
@@ -75,7 +76,7 @@ class Steps:
         Args:
             value: What it depends on is what the optimiser moves.
         """
-        self._fresh = True
+        self._fresh = self._called = True
         if self._leaves is None:
             own = {id(p) for p in self._parameters()} | {id(p) for p in self._priors.parameters()}
             self._leaves = [leaf for leaf in leaves_behind(value) if id(leaf()) not in own]
@@ -102,9 +103,10 @@ class Steps:
             not trained and any(id(leaf) in held for leaf in self._upstream())
         ):
             self._counting = ref(optimizer)
+            self._called = False
             self._count(optimizer)
             self._check_prior(held)
-        elif self._fresh and trained and self._holder_is_gone(trained) and self._moves(held):
+        elif self._called and trained and self._holder_is_gone(trained) and self._moves(held):
             self._check_held(trained)
 
     def stop(self) -> None:
