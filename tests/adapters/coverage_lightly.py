@@ -76,14 +76,14 @@ class HeadCase(NamedTuple):
     Attributes:
         build: The head; empty: its class with small widths.
         places: Those of ``at`` that are trained.
-        copied: Whether the teacher is a copy of the wrapped head, made again in each step.
         note: For the reader, and the reason for each place that is missing.
+        copied: Whether the teacher is a copy of the wrapped head, made again in each step.
     """
 
     build: str = ""
     places: tuple[str, ...] = PLACES
-    copied: bool = False
     note: str = ""
+    copied: bool = False
 
 
 class Row(NamedTuple):
