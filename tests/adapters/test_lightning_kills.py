@@ -134,7 +134,6 @@ def run(
     ckpt_path: str | None = None,
 ) -> None:
     """What is killed: in a process of its own."""
-    warnings.filterwarnings("ignore", message=".*learned and its parameters")
     tempfile.tempdir = str(folder)
     if die is not None:
         die_while_saving(*die)
