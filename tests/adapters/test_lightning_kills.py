@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
