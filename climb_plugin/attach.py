@@ -211,9 +211,11 @@ class _Hung:
                 "CLIMB cannot train in nn.DataParallel, which runs copies of the model that last "
                 "for one forward. Train on one GPU, or use DistributedDataParallel."
             )
-        rows = embedding.flatten(1) if self._is_flattened_within(embedding) else embedding
-        sample: Tensor = self.head(rows)
-        return sample.reshape(embedding.shape)
+        if self._is_flattened_within(embedding):
+            rows: Tensor = self.head(embedding.flatten(1))
+            return rows.reshape(embedding.shape)
+        sample: Tensor = self.head(embedding)
+        return sample
 
     def _is_flattened_within(self, embedding: object) -> bool:
         """Whether a module that begins by flattening was given what a pooling layer returns."""

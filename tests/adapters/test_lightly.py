@@ -564,13 +564,11 @@ class TestHeadsOfTheUsersOwn:
         def starts_alike() -> nn.Module:
             return nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 6))
 
-        samples = []
-        for seed in (0, 1):
-            student = build(starts_alike, seed=seed)
-            torch.manual_seed(0)
+        students = [build(starts_alike, seed=seed) for seed in (0, 1)]
+        for student in students:
             wrap(first, student=student, beta=1e-3)
-            given, sample, _ = traced(student, rows())
-            samples.append(sample - given)
+        torch.manual_seed(0)
+        samples = [sample - given for given, sample, _ in (traced(s, rows()) for s in students)]
         assert not torch.allclose(samples[0], samples[1], atol=0.01)
 
 
