@@ -1,4 +1,4 @@
-"""CLIMB in a LightningModule: the terms in the log, the schedule on the trainer's steps.
+"""CLIMB in a LightningModule: the terms in the log, fractions laid over the training's length.
 
 For ``lightning`` and ``pytorch_lightning`` 2.x alike, also where both are installed.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from climb_plugin.loss import ClimbLoss
+from climb_plugin.loss import ClimbLoss, ClimbTerms
 from climb_plugin.schedule import Ramp, Schedule
 
 _HOSTS = ("lightning.pytorch", "pytorch_lightning")
@@ -48,7 +48,7 @@ else:
 
 
 class ClimbCallback(_Callback):
-    """Logs the terms of every ClimbLoss in the LightningModule and drives its schedule.
+    """Logs the terms of every ClimbLoss in the LightningModule and lays its schedule.
 
     Per epoch ``climb_rate`` and ``climb_entropy`` (nats), ``climb_beta`` and
     ``climb_base_loss`` are logged: means over the steps and the ranks (over the calls, where a
@@ -56,13 +56,15 @@ class ClimbCallback(_Callback):
     The progress bar shows ``climb_rate_step``. Where the module has several losses, each name
     ends in ``_`` and the loss's attribute path: ``climb_rate_dino_loss``.
 
-    Schedules follow ``trainer.global_step``, with gradient accumulation as well. A warm-up or
-    delay that is a fraction is laid over ``trainer.estimated_stepping_batches``, unless the ramp
-    has ``total_steps``. With manual optimisation Lightning estimates one step per batch, but
-    counts those of every optimiser: give ``total_steps`` there.
+    A loss counts its optimiser steps by itself, from 0 in each new training. A warm-up or delay
+    that is a fraction is laid over ``trainer.estimated_stepping_batches``, unless the ramp has
+    ``total_steps``. With manual optimisation Lightning estimates one step per batch: give
+    ``total_steps`` if yours are fewer. While a learning rate or a batch size is sought, before
+    the training, such a ramp is at its end, and a loss that runs into infinity does not raise.
 
-    A loss is found as a submodule, or as an attribute (or in a list, tuple or dict that is one)
-    of the LightningModule or of a submodule. The start of the training says what is in force.
+    A loss is found as a submodule, or as an attribute (or in lists, tuples and dicts that are
+    one) of the LightningModule or of a submodule. The start of the training says what is in
+    force.
 
     Raises:
         ValueError: At the start of the training, if there is no ClimbLoss in the module; if a
@@ -76,70 +78,71 @@ class ClimbCallback(_Callback):
 
     def __init__(self) -> None:
         super().__init__()
+        self._module: nn.Module | None = None
+        self._is_waiting = False  # From the setup to the first step of the training itself.
         self._records: dict[str, _Record] = {}
-        self._restored: Mapping[str, Any] = {}
-        self._ended: dict[str, Any] = {}
+        self._restored: dict[str, Any] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Prepares the losses for what may run before the training: a search, a restored state."""
+        if stage == "fit":
+            self._module, self._is_waiting = pl_module, True
+            self._losses()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Finds the losses, lays their schedules over the training, says what is in force."""
-        losses = dict(_find_losses(pl_module))
-        if not losses:
+        """Sees to it that there is a loss."""
+        if not self._losses():
             raise ValueError(
                 f"ClimbCallback finds no ClimbLoss in {type(pl_module).__name__}: make it an "
                 "attribute in __init__, as in self.criterion = wrap(...), or drop the callback."
             )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lays the schedules over the training, says what is in force, begins to take notes."""
+        losses = self._losses()
+        self._restore(losses, pl_module)
         for loss in losses.values():
-            loss.schedule = _laid(loss.schedule, trainer)
-        self._stop()
-        modules = set(pl_module.modules())
-        self._ended = {}
-        self._records = {path: _Record(loss, loss in modules) for path, loss in losses.items()}
+            loss.climb.schedule = _laid(loss.climb.schedule, trainer)
+            if trainer.global_step == 0 and loss.climb.step:  # it was trained before
+                loss.climb.set_step(0)
+        self._is_waiting = False
+        self._records = {path: _Record(loss) for path, loss in losses.items()}
         if trainer.is_global_zero:
             print("\n".join(_in_force(*item) for item in losses.items()), flush=True)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lets the losses go on from the checkpoint that is resumed, if one is."""
-        restored, self._restored = self._restored, {}
-        gone = sorted(restored.keys() - self._records.keys())
-        if gone:
-            message = (
-                f"the checkpoint has the state of a ClimbLoss at {' and '.join(gone)}, where "
-                f"{type(pl_module).__name__} has none: its losses are at "
-                f"{', '.join(self._records)}. Give the loss its old place, or, to go on without "
-                "that state, set strict_loading = False on the LightningModule."
-            )
-            if getattr(pl_module, "strict_loading", True):  # Lightning has it since 2.2
-                raise ValueError(message)
-            warnings.warn(message, stacklevel=2)
-        for path, state in restored.items():
-            if path in self._records:
-                self._records[path].loss.load_climb_state(state)
-
     def state_dict(self) -> dict[str, Any]:
         """What the module's own state lacks: the state of losses that are no submodules."""
-        return self._ended | {
-            path: record.loss.climb_state()
-            for path, record in self._records.items()
-            if not record.is_submodule
+        modules = set() if self._module is None else set(self._module.modules())
+        return {
+            path: {**loss.climb_state(), "priors": loss.climb_priors.state_dict()}
+            for path, loss in self._losses().items()
+            if loss not in modules
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Keeps what :meth:`state_dict` returned until the training starts."""
-        self._restored = dict(state_dict)
+        """Restores what :meth:`state_dict` returned; where a loss is unknown, in on_train_start."""
+        losses = self._losses()
+        for path, state in state_dict.items():
+            if path in losses:
+                _load(losses[path], state)
+            else:
+                self._restored[path] = state
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Tells the losses which optimiser step comes next."""
+        """Begins the sums of a step."""
         for record in self._records.values():
-            record.loss.set_step(trainer.global_step)
             record.clear()
+            # A search, at whatever moment, runs its steps without the trainer's callbacks.
+            record.loss.climb.watches = True
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs the terms of the step."""
         for path, record in self._records.items():
+            record.loss.climb.watches = False
             suffix = f"_{path}" if len(self._records) > 1 else ""
             values = {f"{name}{suffix}": value for name, value in record.means().items()}
             # Averaged over the epoch and then over the ranks: nothing is exchanged per step.
@@ -156,88 +159,129 @@ class ClimbCallback(_Callback):
         if idle:
             warnings.warn(
                 f"no training step has called {' and '.join(idle)}: there is nothing to log, and "
-                "CLIMB has no effect there. Call it as loss(...), not loss.forward(...).",
+                "CLIMB has no effect there.",
                 stacklevel=2,
             )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Lets go of the losses."""
+        """Lets the losses be as they were."""
         self._stop()
-        self._restored = {}
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Lets go of the losses."""
+        """Lets the losses be as they were."""
         self._stop()
-        self._restored = {}  # an evaluation loads what is not its own, too
+
+    def _losses(self) -> dict[str, ClimbLoss]:
+        """The losses by their paths; looked for anew, since hooks of the module may make some."""
+        losses = {} if self._module is None else dict(_find_losses(self._module))
+        for loss in losses.values() if self._is_waiting else ():
+            loss.climb.watches = False
+            if _is_fraction(loss.climb.schedule):
+                loss.climb.schedule = _Laid(loss.climb.schedule, None)
+        return losses
+
+    def _restore(self, losses: Mapping[str, ClimbLoss], pl_module: Any) -> None:
+        restored, self._restored = self._restored, {}
+        gone = sorted(restored.keys() - losses.keys())
+        if gone:
+            message = (
+                f"the checkpoint has the state of a ClimbLoss at {' and '.join(gone)}, where "
+                f"{type(pl_module).__name__} has none: its losses are at "
+                f"{', '.join(losses)}. Give the loss its old place, or, to go on without "
+                "that state, set strict_loading = False on the LightningModule."
+            )
+            if getattr(pl_module, "strict_loading", True):  # Lightning has it since 2.2
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=3)
+        for path in restored.keys() & losses.keys():
+            _load(losses[path], restored[path])
 
     def _stop(self) -> None:
-        self._ended = self.state_dict()  # for a checkpoint that is saved after the training
+        self._is_waiting = False
+        self._restored = {}  # an evaluation loads what is not its own, too
         for record in self._records.values():
             record.remove()
         self._records = {}
+        for loss in self._losses().values():
+            loss.climb.watches = True
+            schedule = loss.climb.schedule
+            if isinstance(schedule, _Laid) and schedule.total_steps is None:
+                loss.climb.schedule = schedule.ramp
+
+
+def _load(loss: ClimbLoss, state: Mapping[str, Any]) -> None:
+    loss.load_climb_state(state)
+    loss.climb_priors.load_state_dict(state["priors"])
 
 
 class _Record:
     """Sums the terms of the calls of a loss within one training step."""
 
-    def __init__(self, loss: ClimbLoss, is_submodule: bool) -> None:
+    def __init__(self, loss: ClimbLoss) -> None:
         self.loss = loss
-        self.is_submodule = is_submodule
         self.called = False
         self.clear()
-        self.remove = loss.register_forward_hook(self._add).remove
+        loss.climb.observers.append(self.add)
+
+    def remove(self) -> None:
+        self.loss.climb.observers.remove(self.add)
 
     def clear(self) -> None:
-        self._sums: Tensor | None = None
-        self._calls = 0
+        self._sums: dict[str, tuple[Tensor, int]] = {}
 
-    def _add(self, loss: nn.Module, *_: Any) -> None:
+    def add(self, terms: ClimbTerms, is_regularised: bool) -> None:
         if not torch.is_grad_enabled():  # an evaluation, in the step or elsewhere
             return
-        terms = self.loss.terms
-        rate = terms.rate.float()
-        beta = terms.beta
-        if not beta.is_cuda:  # filled in on the device: a copy from the host would wait for it
-            beta = rate.new_full((), float(beta))
-        values = torch.stack([rate, terms.entropy.float(), beta.float(), terms.base.float()])
-        self._sums = values if self._sums is None else self._sums + values
-        self._calls += 1
         self.called = True
+        values = {"climb_base_loss": terms.base}
+        if is_regularised:
+            values |= {"climb_rate": terms.rate, "climb_entropy": terms.entropy}
+        if is_regularised or not self.loss.climb.heads:  # without heads CLIMB is off: 0
+            # Filled in on the device: a copy from the host would wait for it.
+            on_host = not terms.beta.is_cuda
+            beta = terms.base.new_full((), float(terms.beta)) if on_host else terms.beta
+            values["climb_beta"] = beta
+        for name, value in values.items():
+            total, calls = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value.float(), calls + 1)
 
     def means(self) -> dict[str, Tensor]:
         """The means over the calls by name; empty if there were none."""
-        if self._sums is None:
-            return {}
-        names = ("climb_rate", "climb_entropy", "climb_beta", "climb_base_loss")
-        values = dict(zip(names, (self._sums / self._calls).unbind(), strict=True))
-        if not self.loss.heads:  # wrapped with beta=0: there is no posterior
-            del values["climb_rate"], values["climb_entropy"]
-        return values
+        return {name: total / calls for name, (total, calls) in self._sums.items()}
 
 
 @dataclass(frozen=True, repr=False)
 class _Laid:
-    """A ramp over the steps of one training; its repr, which checkpoints compare, is the ramp's."""
+    """A ramp over the steps of one training; its repr, which checkpoints compare, is the ramp's.
+
+    Before the training, where a host looks for a learning rate, it has no length yet: beta is
+    what it will be in the end.
+    """
 
     ramp: Ramp
-    total_steps: int
-
-    def __post_init__(self) -> None:
-        self.ramp.over(self.total_steps)
+    total_steps: int | None
 
     def __call__(self, step: int) -> float:
+        if self.total_steps is None:
+            return self.ramp.beta
         return self.ramp.over(self.total_steps)(step)
 
     def __repr__(self) -> str:
         return repr(self.ramp)
 
 
+def _is_fraction(schedule: Schedule) -> bool:
+    return (
+        isinstance(schedule, Ramp)
+        and schedule.total_steps is None
+        and any(isinstance(duration, float) for duration in (schedule.warmup, schedule.delay))
+    )
+
+
 def _laid(schedule: Schedule, trainer: Any) -> Schedule:
     """The schedule over the length of this training, if it depends on that."""
     ramp = schedule.ramp if isinstance(schedule, _Laid) else schedule
-    if not isinstance(ramp, Ramp) or ramp.total_steps is not None:
-        return ramp
-    if not any(isinstance(duration, float) for duration in (ramp.warmup, ramp.delay)):
+    if not isinstance(ramp, Ramp) or not _is_fraction(ramp):
         return ramp
     total = trainer.estimated_stepping_batches
     # -1 is what Lightning returns for data without a length and no max_steps.
@@ -246,43 +290,57 @@ def _laid(schedule: Schedule, trainer: Any) -> Schedule:
             f"{ramp!r} has a fraction of the training, whose length is not known: set max_epochs "
             "(with data that has a length) or max_steps, or give the ramp total_steps."
         )
-    return _Laid(ramp, int(total))
+    for callback in trainer.callbacks:
+        scheduling = getattr(callback, "scheduling", None)
+        if not isinstance(scheduling, Mapping):
+            continue
+        if set(scheduling.values()) != {trainer.accumulate_grad_batches}:
+            raise ValueError(
+                f"{ramp!r} has a fraction of the training, whose length is not known, because "
+                f"{type(callback).__name__} accumulates gradients over {dict(scheduling)}: give "
+                "the ramp total_steps, the number of optimiser steps."
+            )
+    laid = _Laid(ramp, int(total))
+    laid(0)  # raises where it does not end within the training
+    return laid
 
 
 def _find_losses(model: nn.Module) -> Iterator[tuple[str, ClimbLoss]]:
     """Every loss once, with its attribute path; submodules first."""
     seen: set[int] = set()
     modules = list(model.named_modules())
-    for path, value in (*modules, *_plain_attributes(modules)):
+    attributes = [
+        (f"{prefix}.{name}" if prefix else name, value)
+        for prefix, module in modules
+        for name, value in vars(module).items()
+        if name not in _NO_ATTRIBUTES
+    ]
+    for path, value in (*modules, *_with_items(attributes, seen)):
         if isinstance(value, ClimbLoss) and id(value) not in seen:
             seen.add(id(value))
             yield path, value
 
 
-def _plain_attributes(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:
-    for prefix, module in modules:
-        for name, value in vars(module).items():
-            if name in _NO_ATTRIBUTES:
-                continue
-            path = f"{prefix}.{name}" if prefix else name
-            yield path, value
-            items: Iterable[tuple[Any, Any]] = ()
-            if isinstance(value, Mapping):
-                items = value.items()
-            elif isinstance(value, (list, tuple)):
-                items = enumerate(value)
-            yield from ((f"{path}.{key}", item) for key, item in items)
+def _with_items(named: list[tuple[str, Any]], seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Values and what is in those that are lists, tuples or dicts, at any depth."""
+    for path, value in named:
+        yield path, value
+        if isinstance(value, (list, tuple, dict)) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            yield from _with_items([(f"{path}.{key}", item) for key, item in items], seen)
 
 
 def _in_force(path: str, loss: ClimbLoss) -> str:
-    if not loss.heads:
+    climb = loss.climb
+    if not climb.heads:
         return f"CLIMB: {path} is off, because beta is 0: the loss is the base loss."
-    schedule = loss.schedule
+    schedule = climb.schedule
     over = f" over {schedule.total_steps}" if isinstance(schedule, _Laid) else " in"
-    free = f", {loss.free_nats} nats free" if loss.free_nats else ""
-    widths = ", ".join(str(head.out_features) for head in loss.heads)
+    free = f", {climb.free_nats} nats free" if climb.free_nats else ""
+    widths = ", ".join(str(head.out_features) for head in climb.heads)
     return (
-        f"CLIMB: {path}: {schedule!r}{over} optimiser steps, alpha {loss.alpha}, prior "
-        f"{loss.prior}{free}, heads {widths} wide; rates are in nats, summed over dimensions, "
+        f"CLIMB: {path}: {schedule!r}{over} optimiser steps, alpha {climb.alpha}, prior "
+        f"{climb.prior}{free}, heads {widths} wide; rates are in nats, summed over dimensions, "
         "averaged over batch and views."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -212,8 +213,21 @@ class _Hung:
                 "CLIMB cannot train in nn.DataParallel, which runs copies of the model that last "
                 "for one forward. Train on one GPU, or use DistributedDataParallel."
             )
+        if self._is_flattened_within(embedding):
+            rows: Tensor = self.head(embedding.flatten(1))
+            return rows.reshape(embedding.shape)
         sample: Tensor = self.head(embedding)
         return sample
+
+    def _is_flattened_within(self, embedding: object) -> bool:
+        """Whether a module that begins by flattening was given what a pooling layer returns."""
+        width = self.head.in_features
+        return (
+            self.place.before
+            and isinstance(embedding, Tensor)
+            and embedding.ndim > 2
+            and embedding.shape[-1] != width == math.prod(embedding.shape[1:])
+        )
 
     def _check(self, module: nn.Module) -> None:
         """Sees to it that the head is where it was hung, though the host was taken apart.

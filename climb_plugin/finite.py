@@ -16,13 +16,9 @@ class FiniteCheck:
 
     Args:
         check_base: Whether the base loss is looked at too.
-
-    Attributes:
-        is_on: Whether it looks at all; a search for a learning rate may run into infinity.
     """
 
     def __init__(self, *, check_base: bool) -> None:
-        self.is_on = True
         self._check_base = check_base
         self._flags = DeferredFlags()
 
@@ -38,8 +34,6 @@ class FiniteCheck:
         Raises:
             ValueError: If one is known by now not to be finite.
         """
-        if not self.is_on:
-            return
         terms = {"rate": rate, "entropy": entropy}
         if self._check_base:
             terms = {"base loss": base, **terms}

@@ -141,7 +141,8 @@ class GaussianHead(nn.Module):
         if hasattr(self.logvar.bias, "device_mesh") and not hasattr(embedding, "device_mesh"):
             raise RuntimeError(
                 "the parameters of a GaussianHead are sharded while it runs, because the layer "
-                "that hosts them was sharded by itself: call fully_shard(criterion.heads[0]) before."
+                "that hosts them was sharded by itself: call fully_shard(criterion.heads[0]) "
+                "before that."
             )
         posterior = self.posterior(embedding)
         if is_batched(posterior.mean) or is_batched(posterior.logvar):
@@ -250,8 +251,9 @@ class _Logvar(_Affine):
 
     def is_at_start(self) -> bool:
         """Whether the weights are those of the start; waits for the device."""
-        bias = torch.full_like(self.bias, self._start)
-        return not bool(self.weight.any()) and bool(torch.equal(self.bias, bias))
+        start = torch.full_like(self.bias, self._start)
+        # Cast to another dtype and back it is the start still.
+        return not bool(self.weight.any()) and bool(torch.allclose(self.bias, start, rtol=1e-2))
 
 
 def _start(head: nn.Module, *_: object) -> None:

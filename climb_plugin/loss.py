@@ -207,6 +207,10 @@ class Climb:
 
     Attributes:
         attached: Where the heads hang, as far as :func:`~climb_plugin.attach.attach` hung them.
+        observers: Called with the terms of every call of the loss, and whether a posterior was
+            involved; for hosts that log them. A copy has none.
+        watches: Whether terms that are not finite raise and collapses warn. A host's search for a
+            learning rate, which may run into infinity, sets it to False.
     """
 
     def __init__(
@@ -226,6 +230,8 @@ class Climb:
         self._free_nats = checked_number("free_nats", free_nats)
         self.schedule = schedule
         self.attached: tuple[Attached, ...] = ()
+        self.observers: list[Callable[[ClimbTerms, bool], None]] = []
+        self.watches = True
         self._priors = priors
         self._terms: ClimbTerms | None = None
         self.nesting = Nesting(active=bool(heads))
@@ -355,7 +361,7 @@ class Climb:
         posteriors = [[_posterior(one) for one in samples if _has_rows(one)] for samples in found]
         chosen = [(p, views) for p, views in zip(self._priors, posteriors, strict=True) if views]
         if not chosen:
-            self._terms = _detached(scalar, scalar, None, None, 0.0)
+            self._show(_detached(scalar, scalar, None, None, 0.0), is_regularised=False)
             return value
         beta = self._beta()
         self._check_ranks()
@@ -373,10 +379,15 @@ class Climb:
         if self.alpha:
             penalty = penalty + self.alpha * entropy
         total = scalar + beta * penalty
-        self._terms = _detached(total, scalar, rate, entropy, beta)
+        self._show(_detached(total, scalar, rate, entropy, beta), is_regularised=True)
         self._observe(scalar, beta, rates, [views for _, views in chosen], penalty, base)
         # A view as the output of a module that FSDP shards would make it warn.
         return total if value.ndim == 0 else total.reshape(value.shape)
+
+    def _show(self, terms: ClimbTerms, *, is_regularised: bool) -> None:
+        self._terms = terms
+        for observer in self.observers:
+            observer(terms, is_regularised)
 
     def _found(self, value: Tensor) -> list[list[Sample]]:
         """For each head its samples that count, or nothing in evaluation."""
@@ -398,10 +409,13 @@ class Climb:
     ) -> None:
         """Lets everything look at a step that may warn, raise or count, and changes no number."""
         terms = self.terms
-        self._finite.check(terms.base, terms.rate, terms.entropy, posteriors)
-        # The rate to another view says nothing about how near to a prior the posterior is.
-        fixed = None if self.prior == "view" else rates
-        self._collapse.observe(base=function, value=base, beta=beta, rates=fixed, calls=posteriors)
+        if self.watches:
+            self._finite.check(terms.base, terms.rate, terms.entropy, posteriors)
+            # The rate to another view says nothing about how near to a prior the posterior is.
+            fixed = None if self.prior == "view" else rates
+            self._collapse.observe(
+                base=function, value=base, beta=beta, rates=fixed, calls=posteriors
+            )
         if not penalty.requires_grad:
             return
         if isinstance(self.schedule, TargetRate):
@@ -478,7 +492,11 @@ class Climb:
                     stacklevel=3,
                 )
         noise.restore(position)
-        self._steps.set_to(step)
+        self._steps.restore(step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Who watches the original in a training of a host knows nothing of a copy.
+        return {**self.__dict__, "observers": [], "watches": True}
 
     def config(self) -> dict[str, str]:
         """The settings, as a checkpoint compares them."""

@@ -156,8 +156,9 @@ plain, plain_model = train("plain", model, criterion), model
 # +criterion = wrap(DINOLoss(PROTOTYPES), student=model.head, teacher=model.teacher_head, beta=BETA)
 # ```
 #
-# It comes before the optimiser is built (here `train` builds it), because it puts a layer with
-# parameters into the projection head. The loop calls the new criterion as it called the old one.
+# It comes before the optimiser is built (here `train` builds it), because the Gaussian that it
+# hangs on the projection head has parameters. The loop calls the new criterion as it called the
+# old one.
 
 # %%
 model = fresh_model()
@@ -170,15 +171,14 @@ print("\n".join(added), end="\n\n")
 climb, climb_model = train("CLIMB", model, criterion), model
 
 # %% [markdown]
-# The added layer reads the log-variance of a Gaussian from the embedding; the mean is the
-# embedding itself. While training, the head passes on a sample; in `eval()`, and in the teacher,
-# the mean.
+# They read the log-variance of a Gaussian from the embedding; the mean is the embedding itself.
+# While training, the head passes on a sample; in `eval()`, and in the teacher, the mean.
 #
 # ## The curves
 #
-# The two runs started from the same weights and saw the same views in the same order (CLIMB draws
-# its noise from a stream of its own), so what differs is due to CLIMB. How much of it would be
-# the same with another seed, one seed cannot say.
+# The two runs started from the same weights and saw the same views in the same order (CLIMB takes
+# none of torch's random numbers for its noise), so what differs is due to CLIMB. How much of it
+# would be the same with another seed, one seed cannot say.
 
 # %%
 figure, (loss_axes, rate_axes, knn_axes) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")

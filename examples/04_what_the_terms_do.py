@@ -28,7 +28,6 @@
 
 # %%
 import math
-import warnings
 
 import matplotlib.pyplot as plt
 import torch
@@ -83,7 +82,7 @@ def posterior(std):
 
 
 mean, logvar = posterior(0.5)
-sample = reparameterize(mean, logvar)
+sample = reparameterize(mean, logvar, noise=torch.randn_like(mean))
 log_p = torch.distributions.Normal(mean, 0.5).log_prob(sample).sum(1)
 log_r = torch.distributions.Normal(0, 1).log_prob(sample).sum(1)
 print("at std 0.5                 closed form    by sampling (± standard error), nats")
@@ -300,18 +299,11 @@ def draw_views(count, correlations):
     return one, shared * one + (1 - shared.square()).sqrt() * noise
 
 
-def make_loss(base, head, *, beta, prior):
-    """A ClimbLoss, without the reminder that a learned prior has parameters to be trained."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="prior='learned'")
-        return ClimbLoss(base, heads=head, beta=beta, prior=prior)
-
-
 def charge(prior, correlation):
     """The rate of one coordinate in nats."""
     torch.manual_seed(0)
     head = GaussianHead(1, init_std=0.5)
-    loss = make_loss(lambda one, two: 0 * (one + two).sum(), head, beta=1.0, prior=prior)
+    loss = ClimbLoss(lambda one, two: 0 * (one + two).sum(), heads=head, beta=1.0, prior=prior)
     if prior == "learned":
         optimizer = torch.optim.Adam(loss.parameters(), lr=0.02)
         for _ in range(200):
@@ -385,7 +377,7 @@ def trained_code(prior, beta, steps=400):
     """The information that is left in each coordinate."""
     torch.manual_seed(0)
     code = Code(len(CORRELATIONS))
-    loss = make_loss(code.error, code.head, beta=beta, prior=prior)
+    loss = ClimbLoss(code.error, heads=code.head, beta=beta, prior=prior)
     modules = nn.ModuleList([code, loss])
     optimizer = torch.optim.Adam(modules.parameters(), lr=0.03)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -146,8 +146,6 @@ def run_one(
     torch.set_num_threads(threads)
     # Lightly's DINO head is built with it.
     warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
-    # It is in the optimiser.
-    warnings.filterwarnings("ignore", message="prior='learned' is learned")
     if any(record["name"] == settings.name for record in records.read(out)):
         return True  # by another process, since this one was given its list
     parts = data.load(root)

@@ -186,7 +186,7 @@ def train(
     """Trains from scratch, plain or with CLIMB.
 
     Two runs with one seed start from the same weights and see the same images and views, with
-    CLIMB or without: its noise has a stream of its own.
+    CLIMB or without: it takes none of torch's random numbers.
 
     Args:
         images: Of shape (N, C, H, W), at least ``batch`` of them.
@@ -228,18 +228,16 @@ def train(
     for module in (backbone, head, criterion):
         module.to(DEVICE)
     if beta is not None:
-        with warnings.catch_warnings():  # it asks for what the optimiser gets below
-            warnings.filterwarnings("ignore", message="prior='learned'")
-            criterion = wrap(
-                criterion,
-                student=head,
-                teacher=teacher_head,
-                beta=beta,
-                prior=prior,
-                alpha=alpha,
-                at=at,
-                init_std=init_std,
-            ).to(DEVICE)
+        criterion = wrap(
+            criterion,
+            student=head,
+            teacher=teacher_head,
+            beta=beta,
+            prior=prior,
+            alpha=alpha,
+            at=at,
+            init_std=init_std,
+        ).to(DEVICE)
 
     modules = nn.ModuleList([backbone, head, criterion])
     optimizer = torch.optim.AdamW(modules.parameters(), lr=learning_rate)

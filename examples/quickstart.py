@@ -245,8 +245,8 @@ def train(
     beta: float | None,
 ) -> Run:
     """Trains from scratch or the checkpoint: plain if ``beta`` is None, else with CLIMB."""
-    # CLIMB draws its noise from a stream of its own, so that these seeds give both runs the same
-    # weights, order and augmentations.
+    # CLIMB takes none of torch's random numbers for its noise, so these seeds give both runs the
+    # same weights, order and augmentations.
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)

@@ -41,6 +41,7 @@ class Steps:
         self._steps = 0
         self._was_set = False
         self._fresh = False  # Whether the loss was called since the last step that counted.
+        self._called = False  # The same, where backward passes are not what counts.
         self._skipped: Tensor | None = None
         self._counting: ReferenceType[Optimizer] | None = None
         self._looked = False
@@ -58,9 +59,16 @@ class Steps:
         return self._steps
 
     def set_to(self, step: int) -> None:
-        """Says where the count stands; optimiser steps go on from there."""
-        self._steps, self._skipped = step, None
+        """Says where the count stands; optimiser steps go on from there.
+
+        Backward passes count no more: a loop that no hook sees may say every step by itself.
+        """
+        self.restore(step)
         self._was_set = True
+
+    def restore(self, step: int) -> None:
+        """Goes on from a count that was saved, by whatever it was counted."""
+        self._steps, self._skipped = step, None
 
     def loss_called(self, value: Tensor) -> None:
         """Notes a call of the loss that trains.
@@ -68,7 +76,7 @@ class Steps:
         Args:
             value: What it depends on is what the optimiser moves.
         """
-        self._fresh = True
+        self._fresh = self._called = True
         if self._leaves is None:
             own = {id(p) for p in self._parameters()} | {id(p) for p in self._priors.parameters()}
             self._leaves = [leaf for leaf in leaves_behind(value) if id(leaf()) not in own]
@@ -95,9 +103,10 @@ class Steps:
             not trained and any(id(leaf) in held for leaf in self._upstream())
         ):
             self._counting = ref(optimizer)
+            self._called = False
             self._count(optimizer)
             self._check_prior(held)
-        elif self._fresh and trained and self._holder_is_gone(trained) and self._moves(held):
+        elif self._called and trained and self._holder_is_gone(trained) and self._moves(held):
             self._check_held(trained)
 
     def stop(self) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from climb_plugin import ClimbLoss
 from climb_plugin.adapters.lightly import wrap
-from climb_plugin.attach import Placement, attach, find_place
+from climb_plugin.attach import attach
+from climb_plugin.probe import Place, find_place
 from climb_plugin.schedule import Linear, Schedule, TargetRate
 from knn_study.methods import Learner
 from knn_study.settings import Settings
@@ -33,12 +34,12 @@ def regularised(loss: nn.Module, learner: Learner, settings: Settings, *, steps:
         settings: Of the run.
         steps: Optimiser steps of the whole run.
     """
-    place: dict[str, Any] = {"student": learner.head, "teacher": learner.teacher_head}
-    place["at"] = settings.at
+    where: dict[str, Any] = {"student": learner.head, "teacher": learner.teacher_head}
+    where["at"] = settings.at
     if settings.regulariser == "climb":
         criterion = wrap(
             loss,
-            **place,
+            **where,
             beta=_schedule(settings, steps),
             prior=settings.prior,
             alpha=settings.alpha,
@@ -46,10 +47,11 @@ def regularised(loss: nn.Module, learner: Learner, settings: Settings, *, steps:
             init_std=settings.init_std,
         )
     elif settings.regulariser == "noise":
-        head = attach(**place, init_std=settings.init_std)
+        head = attach(**where, init_std=settings.init_std)
         criterion = ClimbLoss(loss, heads=head, beta=0.0)
     elif settings.regulariser in PENALTIES:
-        return Penalised(loss, find_place(**place), settings)
+        place = find_place(learner.head, at=settings.at)
+        return Penalised(loss, learner.head, place, settings)
     else:
         return loss
     if settings.fixed_std:
@@ -81,13 +83,13 @@ PENALTIES = {"norm": squared_norm, "invariance": squared_distance}
 class Penalised(nn.Module):
     """A loss plus ``beta`` times a penalty on the embeddings where CLIMB would act."""
 
-    def __init__(self, loss: nn.Module, place: Placement, settings: Settings) -> None:
+    def __init__(self, loss: nn.Module, head: nn.Module, place: Place, settings: Settings) -> None:
         super().__init__()
         self.loss = loss
         self.beta = settings.beta
         self.penalty = PENALTIES[settings.regulariser]
         self._views: list[Tensor] = []
-        module = place.student.get_submodule(place.path)
+        module = head.get_submodule(place.path)
         if place.before:
             module.register_forward_pre_hook(lambda _, inputs: self._views.append(inputs[0]))
         else:

@@ -104,7 +104,7 @@ class _Run:
         self.steps = len(self.train.labels) // settings.batch
         if not self.steps:
             raise ValueError(f"batch={settings.batch} is more than the {settings.images} images")
-        # CLIMB draws its noise from a stream of its own: twins start with the same weights.
+        # CLIMB takes none of torch's random numbers: twins start with the same weights.
         torch.manual_seed(settings.seed)
         method = METHODS[settings.method]
         self.learner = Learner(settings).to(device).to(memory_format=torch.channels_last)

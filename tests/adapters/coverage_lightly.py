@@ -10,6 +10,7 @@ that says so, and a failing test.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 
 from climb_plugin import ClimbLoss, GaussianHead
 from climb_plugin.adapters.lightly import wrap
-from climb_plugin.attach import PLACES, find_place
+from climb_plugin.probe import PLACES, find_place
 
 IMAGES, TOKENS, MASKED, FEATURES, WIDTH, PROTOTYPES = 20, 4, 3, 12, 10, 24
 STEPS = 3
@@ -76,11 +77,13 @@ class HeadCase(NamedTuple):
         build: The head; empty: its class with small widths.
         places: Those of ``at`` that are trained.
         note: For the reader, and the reason for each place that is missing.
+        copied: Whether the teacher is a copy of the wrapped head, made again in each step.
     """
 
     build: str = ""
     places: tuple[str, ...] = PLACES
     note: str = ""
+    copied: bool = False
 
 
 class Row(NamedTuple):
@@ -253,7 +256,11 @@ HEADS: dict[str, HeadCase | str] = {
         note="the base class, for heads of your own",
     ),
     "SMoGPredictionHead": HeadCase(note=PREDICTION),
-    "SMoGProjectionHead": HeadCase(),
+    "SMoGProjectionHead": HeadCase(
+        copied=True,
+        note="trained with a `copy.deepcopy` of the wrapped head as the teacher, which SMoG copies "
+        "again and again: frozen, it passes on its mean",
+    ),
     "SMoGPrototypes": "not a head: scores of groups; the Gaussian is in `SMoGProjectionHead`",
     "SimCLRProjectionHead": HeadCase(),
     "SimSiamPredictionHead": HeadCase(note=PREDICTION),
@@ -337,6 +344,9 @@ class Model(nn.Module):
         for parameter in (*self.head.parameters(), *self.teacher.parameters()):
             if parameter.ndim > 1:  # lightly starts some so near 0 that nothing would move
                 nn.init.normal_(parameter, std=0.4)
+        for part in self.modules():
+            if isinstance(part, GaussianHead):
+                part.reset_parameters()
         heads = lightly.models.modules.heads
         self.predictor = heads.BYOLPredictionHead(WIDTH, 16, WIDTH)
         self.local = heads.VicRegLLocalProjectionHead(FEATURES, 16, WIDTH)
@@ -477,12 +487,14 @@ def head_row(name: str, case: HeadCase | str | None) -> Row:
 
     def attempt(at: str) -> Shapes:
         model = Model(lambda: small_head(name, case.build))
-        criterion = put_in(lightly.loss.NTXentLoss(), model, teacher=True, at=at)
-        return train(
-            model,
-            criterion,
-            lambda names: criterion(model.head(names["x0"]), model.head(names["x1"])),
-        )
+        criterion = put_in(lightly.loss.NTXentLoss(), model, teacher=not case.copied, at=at)
+
+        def step(names: dict[str, Any]) -> Tensor:
+            other = copy.deepcopy(model.head).requires_grad_(False) if case.copied else model.head
+            loss: Tensor = criterion(model.head(names["x0"]), other(names["x1"]))
+            return loss
+
+        return train(model, criterion, step)
 
     outcome, _ = _outcome(attempt, [{"at": at} for at in case.places])
     places = [_place(name, case, at) if at in case.places else "no" for at in PLACES]

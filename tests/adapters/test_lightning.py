@@ -54,7 +54,8 @@ class Endless(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 def data() -> DataLoader[tuple[Tensor, Tensor]]:
-    return DataLoader(Views(), batch_size=4)  # six batches
+    # With a generator of its own it takes none of torch's random numbers for its workers' seed.
+    return DataLoader(Views(), batch_size=4, generator=torch.Generator())  # six batches
 
 
 def base(one: Tensor, two: Tensor) -> Tensor:
@@ -81,6 +82,10 @@ def make(
             else:
                 build(self, beta)
             self.seen: list[Any] = []
+
+        def on_train_epoch_start(self) -> None:
+            # Lightning saves no random state, and the noise follows it.
+            torch.manual_seed(self.current_epoch)
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             losses = []
@@ -146,7 +151,7 @@ def test_the_means_of_the_terms_are_logged(pl: Any, tmp_path: Path, calls: int) 
         fit.progress_bar_metrics["climb_rate_step"],
         float(means(model.seen[-calls:])["climb_rate"]),
     )
-    assert not model.criterion._forward_hooks
+    assert not model.criterion.climb.observers
 
 
 def test_an_evaluation_in_the_step_and_a_short_last_batch(pl: Any, tmp_path: Path) -> None:
@@ -464,7 +469,362 @@ def test_an_exception_leaves_no_hook(pl: Any, tmp_path: Path) -> None:
     model = make(pl, 0.1, build=broken)
     with pytest.raises(ZeroDivisionError):
         trainer(pl, tmp_path).fit(model, data())
-    assert not model.criterion._forward_hooks
+    assert not model.criterion.climb.observers
+
+
+def test_a_fit_that_is_restarted_goes_on(pl: Any, tmp_path: Path) -> None:
+    model = make(pl, Linear(0.1, warmup=0.5))
+    fit = trainer(pl, tmp_path, max_epochs=4)
+
+    class Stop(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 0
+
+    fit.callbacks.append(Stop())
+    fit.fit(model, data())
+    assert model.criterion.step == fit.global_step == 6
+    fit.should_stop = False
+    fit.fit(model, data())
+    assert betas(model) == pytest.approx([min(0.1, 0.1 * step / 12) for step in range(24)])
+
+
+def test_a_validation_before_the_fit_needs_no_length(pl: Any, tmp_path: Path) -> None:
+    model = make(pl, Linear(0.1, warmup=0.5))
+    fit = trainer(pl, tmp_path)
+    fit.validate(model, data(), verbose=False)
+    fit.fit(model, data(), data())
+    assert betas(model) == pytest.approx([0.1 * min(1, step / 3) for step in range(6)])
+
+
+@pytest.mark.parametrize("scheduling", [{0: 1, 1: 3}, {0: 2}], ids=str)
+def test_an_accumulation_that_changes_has_no_known_length(
+    pl: Any, tmp_path: Path, scheduling: dict[int, int]
+) -> None:
+    def fit(ramp: Linear) -> Any:
+        model = make(pl, ramp)
+        scheduler = pl.callbacks.GradientAccumulationScheduler(scheduling)
+        fitted = trainer(pl, tmp_path, max_epochs=2, callbacks=[scheduler, ClimbCallback()])
+        fitted.fit(model, data())
+        assert model.criterion.step == fitted.global_step
+        return model
+
+    with pytest.raises(ValueError, match=r"length is not known, because Grad.* total_steps"):
+        fit(Linear(0.1, warmup=0.5))
+    steps = 6 + 2 if len(scheduling) == 2 else 3 + 3
+    model = fit(Linear(0.1, warmup=0.5, total_steps=steps))
+    assert len(set(betas(model))) == steps // 2 + 1
+
+
+def test_a_loss_that_is_called_by_its_forward_is_logged(pl: Any, tmp_path: Path) -> None:
+    def direct(model: Any, beta: float | Schedule) -> None:
+        loss = model.criterion = ClimbLoss(base, heads=model.head, beta=beta)
+
+        def loss_of(*views: Tensor) -> Tensor:
+            total = loss.forward(*views)
+            model.seen.append(loss.terms)
+            return total
+
+        model.loss_of = loss_of
+
+    model = make(pl, 0.1, build=direct, calls=2)
+    fit = trainer(pl, tmp_path)
+    fit.fit(model, data())
+    assert len(model.seen) == 12
+    for name, mean in means(model.seen).items():
+        torch.testing.assert_close(fit.callback_metrics[name], mean)
+
+
+def test_a_batch_that_uses_no_sample_leaves_the_mean_of_the_rate(pl: Any, tmp_path: Path) -> None:
+    model = make(pl, 0.1)
+    loss = model.criterion
+
+    def loss_of(one: Tensor, two: Tensor) -> Tensor:
+        unused = len(model.seen) % 3 == 1  # no positives in the batch
+        total: Tensor = loss(*((part.detach() for part in (one, two)) if unused else (one, two)))
+        model.seen.append(loss.terms)
+        return total if not unused else total + 0 * one.sum()
+
+    model.loss_of = loss_of
+    fit = trainer(pl, tmp_path)
+    with pytest.warns(UserWarning, match="depends on no sample"):
+        fit.fit(model, data())
+    rates = torch.stack([terms.rate for terms in model.seen])
+    assert rates.isnan().sum() == 2
+    torch.testing.assert_close(fit.callback_metrics["climb_rate"], rates.nanmean())
+    bases = torch.stack([terms.base for terms in model.seen])
+    torch.testing.assert_close(fit.callback_metrics["climb_base_loss"], bases.mean())
+    torch.testing.assert_close(fit.callback_metrics["climb_beta"], torch.tensor(0.1))
+
+
+class Clashing(nn.Module):
+    """Has attributes that are called like CLIMB's."""
+
+    alpha, beta, prior, step, schedule, heads, terms = 0.5, 0.25, "mine", 3, None, 8, ()
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        return base(one, two)
+
+
+@pytest.mark.parametrize("ramp", [Linear(0.1, warmup=0.5), 0.1], ids=str)
+def test_a_base_loss_whose_names_clash(
+    pl: Any, tmp_path: Path, ramp: float | Schedule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def clashing(model: Any, beta: float | Schedule) -> None:
+        loss = ClimbLoss(Clashing(), heads=model.head, beta=beta, alpha=0.2)
+        model.box = [loss]  # its state travels with the callback
+        model.loss_of = lambda *views: (loss(*views), model.seen.append(loss.climb.terms))[0]
+
+    model = make(pl, ramp, build=clashing)
+    fit = trainer(pl, tmp_path)
+    fit.fit(model, data())
+    fit.save_checkpoint(tmp_path / "clash.ckpt")
+    for name, mean in means(model.seen).items():
+        torch.testing.assert_close(fit.callback_metrics[name], mean)
+    assert "alpha 0.2, prior standard" in capsys.readouterr().out
+    (loss,) = model.box
+    assert (loss.base.alpha, loss.climb.step) == (0.5, 6)
+    again = make(pl, ramp, build=clashing)
+    trainer(pl, tmp_path, max_epochs=2).fit(again, data(), ckpt_path=str(tmp_path / "clash.ckpt"))
+    assert again.box[0].climb.step == 12
+
+
+@pytest.mark.parametrize("kind", ["accumulate", "lbfgs", "two optimisers"])
+def test_manual_optimisation_has_the_beta_of_its_step(pl: Any, tmp_path: Path, kind: str) -> None:
+    model = make(pl, Linear(0.1, warmup=10))
+    model.automatic_optimization = False
+    per_step: list[set[float]] = []
+
+    def optimizers() -> Any:
+        if kind == "lbfgs":
+            return torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=4)
+        parts = [model.backbone, model.head] if kind == "two optimisers" else [model]
+        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in parts]
+
+    def training_step(batch: Any, batch_idx: int) -> None:
+        first = len(model.seen)
+        optimizers = model.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+
+        def closure() -> Tensor:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            for half in zip(*(view.chunk(2) for view in batch), strict=True):
+                loss = model.loss_of(*(model.head(model.backbone(view)) for view in half))
+                model.manual_backward(loss / 2)
+            return loss.detach()
+
+        if kind == "lbfgs":
+            optimizers[0].step(closure=closure)
+        else:
+            closure()
+            for optimizer in optimizers:
+                optimizer.step()
+        per_step.append({round(beta, 9) for beta in betas(model)[first:]})
+
+    model.configure_optimizers, model.training_step = optimizers, training_step
+    fit = trainer(pl, tmp_path)
+    fit.fit(model, data())
+    assert per_step == [{round(0.01 * step, 9)} for step in range(6)]
+    assert len(model.seen) >= 12
+    for name, mean in means(model.seen).items():
+        if kind != "lbfgs":  # whose steps have as many calls as they need
+            torch.testing.assert_close(fit.callback_metrics[name], mean)
+
+
+def test_lbfgs_in_automatic_optimisation(pl: Any, tmp_path: Path) -> None:
+    model = make(pl, Linear(0.1, warmup=0.5))
+    model.configure_optimizers = lambda: torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
+    fit = trainer(pl, tmp_path)
+    fit.fit(model, data())
+    assert model.criterion.step == fit.global_step == 6
+    assert sorted(set(betas(model))) == pytest.approx([0.1 * step / 3 for step in range(4)])
+
+
+def in_place(kind: str) -> Callable[[Any, float | Schedule], None]:
+    """Puts the loss of :func:`make` where ``kind`` says; ``model.loss`` is a way to reach it."""
+
+    def build(model: Any, beta: float | Schedule) -> None:
+        loss = ClimbLoss(base, heads=model.head, beta=beta, prior="learned")
+        model.loss = lambda: loss
+        places = {
+            "submodule": loss,
+            "module list": nn.ModuleList([loss]),
+            "list": [loss],
+            "dict": {"loss": loss},
+            "deep": {"losses": [(loss, 1.0)]},
+        }
+        if kind == "late":
+            model.configure_model = lambda: setattr(model, "place", [loss])
+        else:
+            model.place = places[kind]
+
+        def loss_of(*views: Tensor) -> Tensor:
+            total: Tensor = loss(*views)
+            model.seen.append(loss.climb.terms)
+            return total
+
+        model.loss_of = loss_of
+
+        def optimizers() -> Any:
+            parameters = {*model.parameters(), *loss.parameters()}
+            return torch.optim.SGD(parameters, lr=model.lr)
+
+        model.configure_optimizers = optimizers
+        model.validation_step = lambda *_: None
+        model.lr, model.batch_size = 0.05, 4
+        model.train_dataloader = model.val_dataloader = lambda: DataLoader(
+            Views(), batch_size=model.batch_size, generator=torch.Generator()
+        )
+
+    return build
+
+
+PLACES = ["submodule", "module list", "list", "dict", "deep", "late"]
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_search_for_a_learning_rate_is_undone(pl: Any, tmp_path: Path, kind: str) -> None:
+    """By the tuner, before a fit, which then is the one without a search."""
+    if kind == "late" and not hasattr(pl.LightningModule, "configure_model"):
+        pytest.skip("this Lightning has no configure_model")
+
+    def fit(search: bool) -> Any:
+        model = make(pl, TargetRate(3.0, beta=0.01), build=in_place(kind))
+        model.on_fit_start = lambda: states.append(model.loss().climb_state())
+        states: list[Any] = []
+        fitted = trainer(pl, tmp_path, max_epochs=2)
+        if search:
+            tuner = import_module(f"{pl.__name__}.tuner").Tuner(fitted)
+            before = model.loss().climb_state()
+            tuner.lr_find(model, num_training=10, max_lr=0.1, update_attr=False)
+            assert len(model.seen) == 10
+            after = model.loss().climb_state()
+            assert {k: v for k, v in after.items() if k != "noise"} == {
+                k: v for k, v in before.items() if k != "noise"
+            }
+            model.seen.clear()
+        fitted.fit(model)
+        return model
+
+    plain, searched = fit(False), fit(True)
+    assert betas(searched) == pytest.approx(betas(plain), abs=1e-12)
+    assert searched.loss().climb.step == 12
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("finder", ["LearningRateFinder", "BatchSizeFinder"])
+@pytest.mark.parametrize("kind", ["submodule", "deep", "late"])
+def test_a_ramp_is_laid_over_the_fit_that_follows_a_search(
+    pl: Any, tmp_path: Path, kind: str, finder: str, ours_first: bool
+) -> None:
+    options: dict[str, Any] = {
+        "LearningRateFinder": {"num_training_steps": 15, "max_lr": 0.1, "update_attr": False},
+        "BatchSizeFinder": {"steps_per_trial": 2, "init_val": 2, "max_trials": 3},
+    }[finder]
+    search = getattr(pl.callbacks, finder)(**options)
+    ours = [ClimbCallback(), search] if ours_first else [search, ClimbCallback()]
+    model = make(pl, Linear(0.1, warmup=0.5), build=in_place(kind))
+    model.on_train_start = lambda: model.seen.clear()
+    fit = trainer(pl, tmp_path, max_epochs=2, callbacks=ours)
+    fit.fit(model)
+    assert (model.batch_size > 4) == (finder == "BatchSizeFinder")
+    steps, total = fit.global_step, fit.estimated_stepping_batches
+    assert len(betas(model)) == steps > total // 3  # Lightning 2.1 forgets an epoch of the search
+    assert betas(model) == pytest.approx(
+        [0.1 * min(1, step / (total // 2)) for step in range(steps)]
+    )
+    assert model.loss().climb.step == steps
+
+
+def test_a_ramp_is_as_it_was_after_a_search_alone(pl: Any, tmp_path: Path) -> None:
+    ramp = Linear(0.1, warmup=0.5)
+    model = make(pl, ramp, build=in_place("dict"))
+    tuner = import_module(f"{pl.__name__}.tuner").Tuner(trainer(pl, tmp_path))
+    tuner.lr_find(model, num_training=5, max_lr=0.1, update_attr=False)
+    assert model.loss().climb.schedule is ramp
+    assert betas(model) == [0.1] * 5  # the learning rate of the loss that it will be
+
+
+@pytest.mark.parametrize("when", ["before", "in"])
+@pytest.mark.parametrize("kind", ["submodule", "list"])
+def test_a_search_that_diverges_ends_as_without_climb(
+    pl: Any, tmp_path: Path, kind: str, when: str
+) -> None:
+    def search(beta: float | Schedule, *callbacks: Any) -> Any:
+        model = make(pl, beta, build=in_place(kind))
+        if not callbacks:
+            model.loss_of = base
+        model.lr = 0.05
+
+        class Finder(pl.callbacks.LearningRateFinder):  # type: ignore[misc, name-defined]
+            """In the midst of a training, as in Lightning's own example."""
+
+            def on_fit_start(self, *args: Any) -> None:
+                if when == "before":
+                    super().on_fit_start(*args)
+
+            def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+                if when == "in" and getattr(self, "optimal_lr", None) is None:
+                    self.lr_find(trainer, pl_module)
+
+        finder = Finder(
+            num_training_steps=12, max_lr=1e30, early_stop_threshold=None, update_attr=False
+        )
+        fitted = trainer(pl, tmp_path, max_epochs=5, callbacks=[*callbacks, finder])
+        fitted.fit(model)
+        losses = torch.tensor(finder.optimal_lr.results["loss"])
+        assert losses.isnan().any()
+        assert len(losses) == 12
+        return model
+
+    search(0.1)
+    model = search(TargetRate(3.0, beta=0.01), ClimbCallback())
+    assert all(0.001 < beta < 0.1 for beta in betas(model)[-6:])
+    assert all(p.isfinite().all() for p in model.parameters())
+    # After it, and in a training, infinity raises.
+    assert model.loss().climb.watches
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_loss_resumes_wherever_it_is(pl: Any, tmp_path: Path, kind: str) -> None:
+    """With a learned prior, whose parameters the module's state lacks where it is hidden."""
+
+    def fit(epochs: int, **options: Any) -> tuple[Any, Any]:
+        model = make(pl, Linear(0.1, warmup=12), build=in_place(kind))
+        fitted = trainer(pl, tmp_path, max_epochs=epochs)
+        fitted.fit(model, **options)
+        return model, fitted
+
+    whole, _ = fit(3)
+    _, fitted = fit(1)
+    fitted.save_checkpoint(tmp_path / "third.ckpt")
+    resumed, _ = fit(3, ckpt_path=str(tmp_path / "third.ckpt"))
+    assert [tuple(t) for t in resumed.seen] == [tuple(t) for t in whole.seen[6:]]
+    prior = list(whole.loss().climb_priors.parameters())
+    assert any(p.abs().sum() > 0 for p in prior)
+    again = resumed.loss().climb_priors.parameters()
+    assert all(torch.equal(p, q) for p, q in zip(prior, again, strict=True))
+
+
+def test_a_training_that_diverges_raises(pl: Any, tmp_path: Path) -> None:
+    model = make(pl, 0.1, build=in_place("list"))
+    model.lr = 1e30
+    with pytest.raises(ValueError, match="not finite: "):
+        trainer(pl, tmp_path).fit(model)
+
+
+def test_a_copy_in_the_midst_of_a_training_is_not_logged(pl: Any, tmp_path: Path) -> None:
+    model = make(pl, 0.1)
+    copies: list[Any] = []
+
+    class Copy(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            copies.append(copy.deepcopy(pl_module.criterion))
+
+    trainer(pl, tmp_path, callbacks=[ClimbCallback(), Copy()]).fit(model, data())
+    (copied,) = copies
+    assert copied.climb.watches
+    assert copied.climb.observers == []
 
 
 def test_a_missing_host_is_an_import_error() -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -134,7 +133,6 @@ def run(
     ckpt_path: str | None = None,
 ) -> None:
     """What is killed: in a process of its own."""
-    warnings.filterwarnings("ignore", message=".*learned and its parameters")
     tempfile.tempdir = str(folder)
     if die is not None:
         die_while_saving(*die)
