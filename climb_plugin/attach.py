@@ -174,7 +174,9 @@ class _Hung:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.place.is_shared:
             self._inside = True
-        if self.head.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        trains = self.head.training and torch.is_grad_enabled()
+        # A replica has the original's hooks and layers of its own; it is refused where it samples.
+        if trains and not torch.compiler.is_compiling() and not is_replica(module):
             self._check(module)
         return self._sample_input(module, args, kwargs) if self.place.before else None
 

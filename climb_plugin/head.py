@@ -162,7 +162,7 @@ class GaussianHead(nn.Module):
                 f"{self.init_std}: something has initialised its parameters anew, as a loop over "
                 "model.parameters() does. Call head.reset_parameters() after that loop, or wrap "
                 "the loss after it.",
-                stacklevel=2,
+                stacklevel=7,  # where the head, or what it hangs on, is called
             )
 
     def _note_mean(self, reason: str) -> None:
@@ -238,8 +238,9 @@ class _Logvar(_Affine):
 
     def is_at_start(self) -> bool:
         """Whether the weights are those of the start; waits for the device."""
-        bias = torch.full_like(self.bias, self._start)
-        return not bool(self.weight.any()) and bool(torch.equal(self.bias, bias))
+        # About: other dtypes round it, and .double() keeps what float32 has rounded.
+        is_near = (self.bias - self._start).abs() < 0.05
+        return not bool(self.weight.any()) and bool(is_near.all())
 
 
 def _start(head: nn.Module, *_: object) -> None:

@@ -399,7 +399,7 @@ class Climb:
                 f"prior={self.prior!r} is learned, and no DistributedDataParallel or FSDP module "
                 "holds this loss: each rank trains a prior of its own. Put model and loss into "
                 "one module that returns the loss, and wrap and call that.",
-                stacklevel=3,
+                stacklevel=8,
             )
         if isinstance(self.schedule, TargetRate) and joining():
             raise RuntimeError(
@@ -413,9 +413,8 @@ class Climb:
         state: dict[str, Any] = {"step": self.step, **self.config()}
         if isinstance(self.schedule, TargetRate):
             state["target_rate"] = self.schedule.state()
-        position = noise.position()
-        if position is not None:
-            state["noise"] = list(position)
+        # Always there: sharded checkpoints load the keys that a state has before, and no others.
+        state["noise"] = list(noise.position())
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -437,8 +436,9 @@ class Climb:
                     "now: the run goes on with the latter.",
                     stacklevel=3,
                 )
-        noise.restore(position)
-        self._steps.set_to(step)
+        if position is not None:
+            noise.restore(position)
+        self._steps.resume_at(step)
 
     def config(self) -> dict[str, str]:
         """The settings, as a checkpoint compares them."""

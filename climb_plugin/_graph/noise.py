@@ -57,16 +57,15 @@ def normal(seed: int, like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
-def position() -> tuple[int, int] | None:
-    """What a checkpoint needs beside torch's random state: None where that says it all."""
-    state = _state
-    return (state, _drawn) if state is not None and _drawn and _look() == state else None
+def position() -> tuple[int, int]:
+    """What a checkpoint needs beside torch's random state: that state as a number, and k."""
+    return _look(), _drawn
 
 
-def restore(saved: tuple[int, int] | None) -> None:
+def restore(saved: tuple[int, int]) -> None:
     """Goes on from what :func:`position` returned, once torch's random state is the same again."""
     global _state, _drawn
-    _state, _drawn = (None, 0) if saved is None else saved
+    _state, _drawn = saved
 
 
 def _look() -> int:

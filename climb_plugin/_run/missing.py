@@ -126,7 +126,7 @@ class Wiring:
         if kind not in self._warned:
             self._warned.add(kind)
             # Past this class, the loss, its door and torch's __call__, at the training step.
-            warnings.warn(f"CLIMB: {message}", stacklevel=9)
+            warnings.warn(f"CLIMB: {message}", stacklevel=10)
 
 
 def _trains(head: GaussianHead) -> bool:

@@ -33,5 +33,5 @@ class SignWatch:
                 "the gradient that reaches CLIMB's terms is negative, so the training maximises "
                 "the rate: the criterion stands behind a minus sign, as a similarity that is "
                 "negated. Wrap the loss that is minimised: wrap(lambda *a: -similarity(*a), ...).",
-                stacklevel=2,
+                stacklevel=6,  # where backward is called
             )

@@ -58,9 +58,16 @@ class Steps:
         return self._steps
 
     def set_to(self, step: int) -> None:
-        """Says where the count stands; optimiser steps go on from there."""
-        self._steps, self._skipped = step, None
+        """Says where the count stands; optimiser steps go on from there.
+
+        Backward passes do not count any more: a loop that says so says so in each step.
+        """
+        self.resume_at(step)
         self._was_set = True
+
+    def resume_at(self, step: int) -> None:
+        """Goes on from the count of a checkpoint, whatever it is that counts."""
+        self._steps, self._skipped = step, None
 
     def loss_called(self, value: Tensor) -> None:
         """Notes a call of the loss that trains.
@@ -145,7 +152,7 @@ class Steps:
         warnings.warn(
             "the prior is learned, its parameters belong to the loss, and no optimiser holds "
             "them, so it stays at N(0, I): add list(loss.parameters()) to the optimiser.",
-            stacklevel=2,
+            stacklevel=5,  # where the optimiser steps
         )
 
     def _find(self, wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:
