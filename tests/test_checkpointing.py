@@ -43,7 +43,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.run = run
-        self.heads = nn.ModuleList([GaussianHead(WIDTH, 6, seed=1), GaussianHead(4, seed=2)])
+        self.heads = nn.ModuleList([GaussianHead(WIDTH, 6), GaussianHead(4)])
         self.blocks = nn.ModuleList(
             [
                 nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()),
@@ -282,7 +282,7 @@ def test_a_leaf_and_a_constant_as_embedding(what: str) -> None:
     """The head's mean is a parameter of somebody else's, or nothing that is trained."""
 
     def gradients_of(run: Call) -> list[Tensor]:
-        head = GaussianHead(WIDTH, None if what == "mean" else 4, seed=1)
+        head = GaussianHead(WIDTH, None if what == "mean" else 4)
         if head.mean is not None:
             head.mean.load_state_dict({"weight": torch.ones(4, WIDTH), "bias": torch.ones(4)})
             head.mean.requires_grad_(False)

@@ -315,7 +315,7 @@ def test_a_frozen_logvar() -> None:
 def test_heads_in_a_row_each_compiled_for_itself(which: tuple[int, ...]) -> None:
     def run(compiled: tuple[int, ...]) -> list[Tensor]:
         torch.manual_seed(0)
-        heads = [GaussianHead(WIDTH, seed=seed) for seed in range(2)]
+        heads = [GaussianHead(WIDTH) for seed in range(2)]
         parts: list[Any] = [nn.Sequential(nn.Linear(WIDTH, WIDTH), head) for head in heads]
         for index in compiled:
             parts[index] = torch.compile(parts[index], fullgraph=True, backend="aot_eager")
@@ -371,7 +371,7 @@ def test_a_copy_is_compiled_for_itself(how: str) -> None:
 
 def test_a_head_that_was_made_on_the_meta_device_draws_its_noise() -> None:
     """As hosts make large models, before they fill them from a checkpoint."""
-    plain = GaussianHead(WIDTH, seed=1)
+    plain = GaussianHead(WIDTH)
     with torch.device("meta"):
         head = GaussianHead(WIDTH)
     head.to_empty(device="cpu")

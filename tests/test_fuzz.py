@@ -53,10 +53,10 @@ class Net(nn.Module):
         self.layout = layout
         self.first = nn.Linear(WIDTH, width)
         heads = {
-            "identity": [GaussianHead(width, seed=seed)],
-            "linear": [GaussianHead(width, 4, seed=seed)],
-            "chain": [GaussianHead(width, seed=seed), GaussianHead(4, seed=seed + 1)],
-            "pair": [GaussianHead(width, seed=seed), GaussianHead(width, 4, seed=seed + 1)],
+            "identity": [GaussianHead(width)],
+            "linear": [GaussianHead(width, 4)],
+            "chain": [GaussianHead(width), GaussianHead(4)],
+            "pair": [GaussianHead(width), GaussianHead(width, 4)],
         }
         self.between = nn.Linear(width, 4)
         self.heads = nn.ModuleList(heads[layout])
