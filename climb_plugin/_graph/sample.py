@@ -126,8 +126,9 @@ class _Tie(Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, sample: Sample) -> Tensor:
         ctx.climb_sample = sample
-        ctx.mark_dirty(value)
-        return value
+        # Not marked as changed in place, which selective checkpointing refuses of what it saved;
+        # and no view, which the user could not change in place.
+        return value.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
