@@ -107,9 +107,12 @@ class Wiring:
             )
         if unsampled.get("no_grad", 0) > last:
             return "it was called under torch.no_grad(), where a head passes on its mean."
-        if unsampled.get("frozen", 0) > last:
-            return "it was called frozen: neither its input nor what it used requires a gradient."
         more = " Forward-mode differentiation alone has no samples." if transforms_active() else ""
+        if unsampled.get("frozen", 0) > last:
+            return (
+                "it was called frozen: neither its input nor what it used requires a gradient."
+                + more
+            )
         return (
             "it was not called in this step. The module on which it hangs must be called before "
             "the loss, as module(x): module.forward(x) skips it, and so does what was compiled "

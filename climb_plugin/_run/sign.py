@@ -6,7 +6,7 @@ import warnings
 
 from torch import Tensor
 
-from climb_plugin._torch import plain, without_transforms
+from climb_plugin._torch import is_batch_of_gradients, plain, without_transforms
 from climb_plugin.deferred import DeferredFlags
 
 
@@ -23,7 +23,7 @@ class SignWatch:
         Args:
             gradient: A scalar.
         """
-        if self._warned:
+        if self._warned or is_batch_of_gradients(gradient):
             return
         with without_transforms():
             negative = (plain(gradient).detach() < 0).any().reshape(1)
