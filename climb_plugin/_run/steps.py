@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from climb_plugin._graph.walk import leaves_behind
 from climb_plugin._run.living import living
+from climb_plugin.head import outside_compiled_code
 
 _all: WeakSet[Steps] = WeakSet()
 
@@ -194,6 +195,8 @@ def _register() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
+# A compiled step would trace it.
+@outside_compiled_code
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     for steps in list(_all):
         steps.optimizer_stepped(optimizer)
