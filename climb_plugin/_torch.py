@@ -88,6 +88,15 @@ def is_batched(tensor: Tensor) -> bool:
     return False
 
 
+def is_batch_of_gradients(tensor: Tensor) -> bool:
+    """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` made it; few functions take it.
+
+    It comes of an older vmap, of which torch.func knows nothing. There is no public name.
+    """
+    batched = torch._C._dispatch_key_parse("Batched")
+    return bool(torch._C._dispatch_keys(tensor).has(batched))
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The tensor below all wrappers of torch.func, which are dead when the transform is over."""
     functorch = torch._C._functorch

@@ -178,7 +178,9 @@ class _Hung:
         if self.place.is_shared:
             self._inside = True
         # Not the head's mode: a head that was lost would not know that the module trains.
-        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        trains = module.training and torch.is_grad_enabled()
+        # A replica has the original's hooks and layers of its own; it is refused where it samples.
+        if trains and not torch.compiler.is_compiling() and not is_replica(module):
             self._check(module)
         return self._sample_input(module, args, kwargs) if self.place.before else None
 

@@ -103,7 +103,7 @@ class CollapseWatch:
         if not self._warned[which]:
             self._warned[which] = True
             # Past this class, the loss and torch's __call__, at the training step.
-            warnings.warn(f"CLIMB: {message()}", stacklevel=9)
+            warnings.warn(f"CLIMB: {message()}", stacklevel=10)
 
     def __reduce__(self) -> tuple[type[CollapseWatch], tuple[()]]:
         # A copy watches a run of its own.

@@ -286,7 +286,7 @@ class Climb:
     def schedule(self, beta: float | Schedule) -> None:
         schedule = as_schedule(beta)
         self._check_schedule(schedule)
-        if isinstance(schedule, TargetRate):
+        if isinstance(schedule, TargetRate) and schedule is not self.__dict__.get("_schedule"):
             schedule.belong_to(self)
         self._schedule = schedule
 
@@ -453,7 +453,7 @@ class Climb:
                 f"prior={self.prior!r} is learned, and no DistributedDataParallel or FSDP module "
                 "holds this loss: each rank trains a prior of its own. Put model and loss into "
                 "one module that returns the loss, and wrap and call that.",
-                stacklevel=3,
+                stacklevel=8,
             )
         if isinstance(self.schedule, TargetRate) and joining():
             raise RuntimeError(
@@ -467,9 +467,8 @@ class Climb:
         state: dict[str, Any] = {"step": self.step, **self.config()}
         if isinstance(self.schedule, TargetRate):
             state["target_rate"] = self.schedule.state()
-        position = noise.position()
-        if position is not None:
-            state["noise"] = list(position)
+        # Always there: sharded checkpoints load the keys that a state has before, and no others.
+        state["noise"] = list(noise.position() or (0, 0))
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -538,7 +537,7 @@ def _checked_position(saved: Any) -> tuple[int, int] | None:
         raise ValueError(
             f"the noise in the state of a ClimbLoss is two ints of 0 or more, got {saved!r}."
         )
-    return saved[0], saved[1]
+    return (saved[0], saved[1]) if saved[1] else None
 
 
 def _checked_scalar(value: Any) -> Tensor:

@@ -256,18 +256,18 @@ class TargetRate:
         self._rates: list[Tensor] = []
 
     def belong_to(self, owner: object) -> None:
-        """Notes whose rate it sees; begins anew where the loss before is gone.
+        """Notes whose rate it sees, and begins anew: what a loss before has adapted is not its own.
 
         Raises:
             ValueError: If it belongs to another loss.
         """
-        if self._owner is not None and self._owner() is not owner:
-            if self._owner() is not None:
-                raise ValueError(
-                    "this TargetRate belongs to another loss, whose rate it sees: it cannot hold "
-                    "two. Make one for each loss, and for each run."
-                )
-            self._begin()
+        before = None if self._owner is None else self._owner()
+        if before is not None and before is not owner:
+            raise ValueError(
+                "this TargetRate belongs to another loss, whose rate it sees: it cannot hold "
+                "two. Make one for each loss, and for each run."
+            )
+        self._begin()
         self._owner = ref(owner)
 
     def __getstate__(self) -> dict[str, Any]:

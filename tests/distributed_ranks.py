@@ -41,7 +41,7 @@ class Net(nn.Module):
 
     def project(self, embedding: Tensor) -> Tensor:
         if self.checkpointed:
-            return checkpoint(self.head, embedding, use_reentrant=True)
+            return checkpoint(self.head, embedding, use_reentrant=False)
         return self.head(embedding)
 
 
@@ -64,14 +64,13 @@ def base(one: Tensor, two: Tensor) -> Tensor:
 def build(prior: str = "standard", beta: float | Schedule = BETA, *, seed: int = 0) -> Step:
     torch.manual_seed(seed)
     net = Net()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*belong to the loss")
-        loss = ClimbLoss(base, heads=net.head, beta=beta, alpha=ALPHA, prior=prior)
+    loss = ClimbLoss(base, heads=net.head, beta=beta, alpha=ALPHA, prior=prior)
     step = Step(net, loss).double()
     with torch.no_grad():
         # At the start of head and prior some gradients would be zero.
         for parameter in step.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+    net.head.load_state_dict(net.head.state_dict())  # so that it takes these for intended
     return step
 
 
@@ -117,7 +116,6 @@ def gradients(
     options = {
         "unused": {"find_unused_parameters": True},
         "static": {"static_graph": True},
-        "checkpoint": {"static_graph": True},  # as DDP wants it for reentrant checkpoints
     }
     if wrap in ("apart", "outside"):
         net: nn.Module = DistributedDataParallel(step.net)
@@ -151,7 +149,6 @@ def accumulation(rank: int, world: int) -> dict[str, Any]:
     betas = []
     for done in range(3):
         for batch in range(2):
-            step.loss.set_step(done)
             with nullcontext() if batch else model.no_sync():
                 (model(*views(world, 2 * done + batch)[rank]) / 2).backward()
             betas.append(float(step.loss.terms.beta))
@@ -293,13 +290,19 @@ def fsdp_training(rank: int, world: int, how: str, folder: str) -> dict[str, Any
     def parts(step: Step, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         model, optim = get_state_dict(step, optimizer)
         # The metadata of a state dict, where the schedule's step would be, is not saved.
-        return {"model": model, "optim": optim, "climb": step.loss.climb_state()}
+        climb, random = step.loss.climb_state(), torch.get_rng_state()
+        return {"model": model, "optim": optim, "climb": climb, "random": random}
+
+    def resume(step: Step, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["random"])
+        step.loss.load_climb_state(state["climb"])
 
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     step, optimizer = make(seed=0)
     first = train(step, optimizer, 0, 1, 2)
     saved = [parameter.full_tensor().detach().clone() for parameter in step.parameters()]
-    dcp.save(parts(step, optimizer), checkpoint_id=f"{folder}/{how}")
+    state = parts(step, optimizer)
+    dcp.save(state, checkpoint_id=f"{folder}/{how}")
     full = get_model_state_dict(step, options=whole)
     if rank == 0:
         torch.save(full, f"{folder}/{how}.pt")
@@ -316,13 +319,13 @@ def fsdp_training(rank: int, world: int, how: str, folder: str) -> dict[str, Any
             model_state_dict=state["model"],
             optim_state_dict=state["optim"],
         )
-        step.loss.load_climb_state(state["climb"])
+        resume(step, state)
         result["resumed"] = train(step, optimizer, 3, 4)
 
         dist.barrier()
         step, optimizer = make(seed=1)
         set_model_state_dict(step, torch.load(f"{folder}/{how}.pt"), options=whole)
-        step.loss.set_step(3)
+        resume(step, state)
         result["from full"] = train(step, optimizer, 3)
     result["said"] = [str(warning.message) for warning in said]
     return result

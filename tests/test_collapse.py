@@ -180,7 +180,7 @@ class Learner(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, DIM))
-        self.head = GaussianHead(DIM, seed=1)
+        self.head = GaussianHead(DIM)
         self.clusters = normal(20, 16, seed=7)
 
     def forward(self, noise: float) -> list[Tensor]:

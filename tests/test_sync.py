@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from climb_plugin import ClimbLoss, GaussianHead
-from climb_plugin.finite import FiniteCheck
+from climb_plugin.deferred import DeferredFlags
 from climb_plugin.schedule import TargetRate
 
 # What makes the host wait on a device: values that are read back, shapes that depend on values.
@@ -65,8 +65,8 @@ def training_step(device: torch.device, **options: Any) -> Callable[[], None]:
 def test_no_synchronisation_in_a_step(
     device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if device.type == "cpu":  # where the check for NaN reads at once, because nothing waits
-        monkeypatch.setattr(FiniteCheck, "non_finite", lambda self, values: [])
+    if device.type == "cpu":  # where flags are read at once, because nothing waits
+        monkeypatch.setattr(DeferredFlags, "raised", lambda self, flags: [])
     step = training_step(device, **{"beta": 1e-3, **options})
     step()
     with no_synchronisation(device):

@@ -1,3 +1,5 @@
+import copy
+import gc
 import io
 import math
 from typing import Any
@@ -81,6 +83,34 @@ def test_another_target_on_resume_is_warned_of() -> None:
     run.step()
     with pytest.warns(UserWarning, match=r"beta was TargetRate\(8.0.* is TargetRate\(9.0"):
         other.loss.load_state_dict(run.loss.state_dict())
+
+
+@pytest.mark.parametrize("how", ["reused", "copied"])
+def test_with_the_next_loss_it_begins_anew(how: str) -> None:
+    target = TargetRate(8.0)
+    run = Run(target)
+    for _ in range(3):
+        run.step()
+    assert run.loss.beta != pytest.approx(1e-3, rel=1e-3)
+    if how == "copied":
+        target = copy.deepcopy(target)
+    else:
+        del run
+        gc.collect()
+    again = Run(target)
+    assert again.loss.beta == pytest.approx(1e-3)
+    assert again.loss.step == 0
+
+
+def test_two_losses_cannot_share_one() -> None:
+    target = TargetRate(40.0)
+    first = ClimbLoss(info_nce, heads=GaussianHead(4), beta=target)
+    with pytest.raises(ValueError, match="this TargetRate belongs to another loss"):
+        ClimbLoss(info_nce, heads=GaussianHead(4), beta=target)
+    # A copy of a loss has a copy of it, which is its own.
+    twin = copy.deepcopy(first)
+    assert twin.schedule is not target
+    assert twin.beta == first.beta
 
 
 def betas(target: TargetRate, rates: list[float]) -> list[float]:

@@ -76,7 +76,9 @@ class Sample:
         global _freed
         self.posterior = None
         _alive.pop(self.number, None)
-        _seeds.pop(self.seed, None)  # so that what a script keeps does not change a later draw
+        # So that a run that is repeated in one process draws the same, whatever it has kept.
+        if not self.is_second_run:
+            _seeds.pop(self.seed, None)
         running = backward_pass()
         if _freed[0] != running:
             _freed = running, WeakSet()

@@ -29,19 +29,23 @@ class Fingerprint:
     """One number for each row of a batch, on its device.
 
     Args:
-        embedding: Of shape (..., B, D).
+        embedding: Of shape (..., B, D), outside autocast.
     """
 
     def __init__(self, embedding: Tensor) -> None:
         with torch.no_grad(), without_transforms():
             rows = plain(embedding).detach().flatten(0, -2)
-            rows = rows if rows.dtype == torch.float64 else rows.float()
+            # float32 at least: numpy has no bfloat16, and the sum would blur.
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             self._rows = rows @ _direction(rows.shape[-1], rows.dtype, rows.device)
+        self._content: bytes | None = None
 
     def content(self) -> bytes:
-        """What two fingerprints of one batch have in common; waits for the device."""
-        with without_modes():
-            return self._rows.cpu().numpy().tobytes()
+        """What two fingerprints of one batch have in common; waits for the device, once."""
+        if self._content is None:
+            with without_modes():
+                self._content = self._rows.cpu().numpy().tobytes()
+        return self._content
 
 
 def seed_of_first_run(fingerprint: Fingerprint, firsts: Iterable[Sample]) -> Seed:
@@ -73,6 +77,8 @@ def seed_of_first_run(fingerprint: Fingerprint, firsts: Iterable[Sample]) -> See
 
 @lru_cache(maxsize=16)
 def _direction(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    direction = torch.randn(width, generator=generator, dtype=torch.float64, device="cpu")
-    return direction.to(device, dtype)
+    # It is made once: selective checkpointing would miss these operations in the second run.
+    with without_modes():
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        direction = torch.randn(width, generator=generator, dtype=torch.float64, device="cpu")
+        return direction.to(device, dtype)

@@ -123,9 +123,12 @@ class Wiring:
             )
         if last_calls.get("no_grad", 0) > last:
             return "it was called under torch.no_grad(), where a head passes on its mean."
-        if last_calls.get("frozen", 0) > last:
-            return "it was called frozen: neither its input nor what it used requires a gradient."
         more = " Forward-mode differentiation alone has no samples." if transforms_active() else ""
+        if last_calls.get("frozen", 0) > last:
+            return (
+                "it was called frozen: neither its input nor what it used requires a gradient."
+                + more
+            )
         return (
             "it was not called in this step. The module on which it hangs must be called before "
             "the loss, as module(x): module.forward(x) skips it, and so does what was compiled "
@@ -142,7 +145,7 @@ class Wiring:
         if kind not in self._warned:
             self._warned.add(kind)
             # Past this class, the loss, its door and torch's __call__, at the training step.
-            warnings.warn(f"CLIMB: {message}", stacklevel=9)
+            warnings.warn(f"CLIMB: {message}", stacklevel=10)
 
 
 def _trains(head: GaussianHead) -> bool:

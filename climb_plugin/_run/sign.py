@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from climb_plugin._torch import plain, without_transforms
+from climb_plugin._torch import is_batch_of_gradients, plain, without_transforms
 from climb_plugin.deferred import DeferredFlags
 
 
@@ -24,7 +24,7 @@ class SignWatch:
         Args:
             gradient: A scalar.
         """
-        if self._warned:
+        if self._warned or is_batch_of_gradients(gradient):
             return
         try:
             with without_transforms(), torch.no_grad():
@@ -37,5 +37,5 @@ class SignWatch:
                 "the gradient that reaches CLIMB's terms is negative, so the training maximises "
                 "the rate: the criterion stands behind a minus sign, as a similarity that is "
                 "negated. Wrap the loss that is minimised: wrap(lambda *a: -similarity(*a), ...).",
-                stacklevel=2,
+                stacklevel=6,  # where backward is called
             )

@@ -20,6 +20,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from climb_plugin._graph.walk import leaves_behind
 from climb_plugin._run.living import living
+from climb_plugin.head import outside_compiled_code
 
 _all: WeakSet[Steps] = WeakSet()
 
@@ -154,7 +155,7 @@ class Steps:
         warnings.warn(
             "the prior is learned, its parameters belong to the loss, and no optimiser holds "
             "them, so it stays at N(0, I): add list(loss.parameters()) to the optimiser.",
-            stacklevel=2,
+            stacklevel=5,  # where the optimiser steps
         )
 
     def _find(self, wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:
@@ -196,6 +197,8 @@ def _register() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
+# A compiled step would trace it.
+@outside_compiled_code
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     for steps in list(_all):
         steps.optimizer_stepped(optimizer)
