@@ -49,7 +49,10 @@ class GaussianHead(nn.Module):
     a linear mean. Both learn the log-variance as a linear function of the embedding.
 
     The noise follows ``torch.manual_seed`` and leaves torch's own random numbers where they were.
-    No two calls share noise, whichever heads they are.
+    No two calls share noise, whichever heads they are. To build a head begins the noise of a run
+    anew, so that a run that is repeated in one process is the same: build all heads of a model
+    before you call one. A seed that is set again and again (in each epoch) brings back what it
+    brings back in torch, such as dropout's masks: set seed + epoch.
 
     Args:
         in_features: Width of the embedding.
@@ -144,12 +147,6 @@ class GaussianHead(nn.Module):
             raise RuntimeError(
                 "a GaussianHead in training cannot be traced: trace the eval() model."
             )
-        if hasattr(self.logvar.bias, "device_mesh") and not hasattr(embedding, "device_mesh"):
-            raise RuntimeError(
-                "the parameters of a GaussianHead are sharded while it runs, because the layer "
-                "that hosts them was sharded by itself: call fully_shard(criterion.heads[0]) "
-                "before that."
-            )
         posterior = self.posterior(embedding)
         if is_batched(posterior.mean) or is_batched(posterior.logvar):
             raise RuntimeError(
@@ -227,6 +224,12 @@ class _Affine(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features))
 
     def forward(self, embedding: Tensor) -> Tensor:
+        if hasattr(self.bias, "device_mesh") and not hasattr(embedding, "device_mesh"):
+            raise RuntimeError(
+                "the parameters of a GaussianHead are sharded while it runs, because the layer "
+                "that hosts them was sharded by itself: call fully_shard(criterion.heads[0]) "
+                "before that."
+            )
         return F.linear(embedding, self.weight.to(embedding.dtype), self.bias.to(embedding.dtype))
 
 

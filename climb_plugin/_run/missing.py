@@ -69,8 +69,7 @@ class Wiring:
         lost = [
             place
             for place in missing
-            if not self._heads[place].training
-            and self._heads[place].last_calls.get("eval", 0) <= last
+            if place in self._proven and self._heads[place].last_calls.get("eval", 0) <= last
         ]
         if lost and value.requires_grad:
             self._warn(
