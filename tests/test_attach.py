@@ -195,7 +195,7 @@ class TestUndo:
     def test_an_error_leaves_nothing_behind(self, options: dict[str, Any]) -> None:
         student, rows = sequential(), torch.ones(2, 16)
         before = photograph(student, rows)
-        with pytest.raises(ValueError, match="must be|no use for it"):
+        with pytest.raises(ValueError, match=r"must be|no use for it"):
             wrap(square, student=student, beta=1e-3, **options)
         assert photograph(student, rows) == before
 
@@ -399,11 +399,7 @@ class TestTheHostIsTakenApartAfterwards:
             if isinstance(part, nn.SyncBatchNorm):
                 part.training = False
         for _ in range(2):
-            try:
-                loss(student["head"](rows)).backward()
-            except RuntimeError as error:
-                assert "replaced" in str(error)
-                return
+            loss(student["head"](rows)).backward()
             torch.testing.assert_close(loss.terms.rate, rate(mean), rtol=1e-3, atol=0.0)
 
     @pytest.mark.parametrize("kind", ["sequential", "normalised"])
