@@ -94,7 +94,8 @@ class Door(nn.Module):
 
     def __dir__(self) -> list[str]:
         """The names of both."""
-        return sorted({*super().__dir__(), *dir(_base_of(self))})
+        own: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return sorted({*own, *dir(_base_of(self))})
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Registers it on the base, if that is a module."""

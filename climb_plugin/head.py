@@ -91,7 +91,7 @@ class GaussianHead(nn.Module):
         # The numbers of the last calls, by what came of them: for messages.
         self.last_calls: dict[str, int] = {}
         self._is_started = False  # Whether it has sampled, or was given other weights on purpose.
-        self.register_load_state_dict_post_hook(_start)
+        self.register_load_state_dict_post_hook(_start)  # type: ignore[no-untyped-call]
         noise.begin()
 
     def forward(self, embedding: Tensor) -> Tensor:

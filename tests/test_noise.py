@@ -264,7 +264,7 @@ def test_k_resumes_to_the_bit_between_two_draws_of_one_state() -> None:
 def test_a_damaged_position_is_refused(saved: object) -> None:
     loss = ClimbLoss(torch.mean, heads=GaussianHead(4), beta=1e-3)
     before = loss.climb_state()
-    with pytest.raises(ValueError, match="the noise in the state .* is two ints"):
+    with pytest.raises(ValueError, match=r"the noise in the state .* is two ints"):
         loss.load_climb_state({**before, "noise": saved, "step": 5})
     assert loss.climb_state() == before
 

@@ -1,0 +1,456 @@
+"""Rule 7: the Gaussian acts on the output of the module that was wrapped, and comes off again."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
+from climb_plugin import ClimbLoss, GaussianHead, unwrap, wrap
+from climb_plugin.attach import attach
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def square(z: Tensor) -> Tensor:
+    return z.square().mean()
+
+
+def sequential() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+class Own(nn.Module):
+    """A module with a forward of its own; ``ends`` says how."""
+
+    def __init__(self, ends: str = "plain") -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(16, 32), nn.Linear(32, 8)
+        self.norm, self.ends = nn.BatchNorm1d(8), ends
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.last(F.relu(self.hidden(x)))
+        if self.ends == "batch norm":
+            z = self.norm(z)
+        always = self.ends in ("normalised", "batch norm")
+        if always or (self.ends == "in training" and self.training):
+            z = F.normalize(z, dim=-1)
+        return z
+
+
+class Prototypes(nn.Module):
+    """As DINO's head: a normalised bottleneck before the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = sequential()
+        self.prototypes = nn.Linear(8, 20, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.prototypes(F.normalize(self.mlp(x), dim=-1))
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Reversed(nn.Module):
+    """Layers that are registered in another order than they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(32, 8)
+        self.first = nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x)))
+
+
+def tied() -> nn.Module:
+    layer = nn.Linear(16, 16)
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
+STUDENTS: dict[str, Callable[[], nn.Module]] = {
+    "sequential": sequential,
+    "nested": lambda: nn.Sequential(sequential(), nn.Sequential(nn.Linear(8, 8))),
+    "own": Own,
+    "normalised": lambda: Own("normalised"),
+    "normalised in training": lambda: Own("in training"),
+    "batch norm": lambda: Own("batch norm"),
+    "prototypes": Prototypes,
+    "residual": lambda: Residual(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)),
+    "reversed": Reversed,
+    "tied": tied,
+    "linear": lambda: nn.Linear(16, 8),
+}
+
+
+def photograph(module: nn.Module, rows: Tensor) -> dict[str, Any]:
+    """What is the same before wrapping and after unwrapping."""
+    hooks = [
+        (len(part._forward_hooks), len(part._forward_pre_hooks), len(vars(part)))
+        for part in module.modules()
+    ]
+    last = list(module.children())[-1:] or [module]
+    return {
+        "keys": list(module.state_dict()),
+        "parameters": [(name, id(p)) for name, p in module.named_parameters()],
+        "requires_grad": [p.requires_grad for p in module.parameters()],
+        "repr": repr(module),
+        "len": len(list(module.children())),
+        "last": id(last[0]),
+        "hooks": hooks,
+        "output": copy.deepcopy(module).eval()(rows).detach().numpy().tobytes(),
+    }
+
+
+class TestUndo:
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    @pytest.mark.parametrize("trained", [False, True])
+    @pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS)
+    def test_unwrap_leaves_what_was_there(
+        self, make: Callable[[], nn.Module], trained: bool, at: str
+    ) -> None:
+        student, rows = make(), torch.randn(12, 16)
+        next(student.parameters()).requires_grad_(False)
+        teacher = copy.deepcopy(student).requires_grad_(False)
+        before = photograph(student, rows), photograph(teacher, rows)
+        loss = wrap(square, student=student, teacher=teacher, beta=1e-3, at=at)
+        assert photograph(student, rows)["keys"] != before[0]["keys"]
+        if trained:
+            loss(student(rows)).backward()
+            before[0].pop("output")
+            for part in (student, teacher):  # batch norm has moved
+                part.eval()
+        assert unwrap(loss) is square
+        after = photograph(student, rows), photograph(teacher, rows)
+        for one, two in zip(before, after, strict=True):
+            for name, value in one.items():
+                assert two[name] == value, name
+        student.train()
+        assert torch.equal(student(rows), student(rows))
+        # And it may be wrapped anew.
+        wrap(square, student=student, beta=1e-3)(student(rows)).backward()
+
+    @pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+    @pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS)
+    def test_of_a_copy_that_was_made_with_the_model(
+        self, make: Callable[[], nn.Module], how: Callable[[Any], Any]
+    ) -> None:
+        student, rows = make(), torch.randn(12, 16)
+        before = photograph(student, rows)
+        loss = wrap(nn.MSELoss(), student=student, beta=1e-3)
+        twin, twins_loss = how((student, loss))
+        unwrap(twins_loss)
+        after = photograph(twin, rows)
+        for name in ("keys", "requires_grad", "repr", "len", "hooks", "output"):
+            assert after[name] == before[name], name
+        # The original still has its own.
+        out = student(rows)
+        loss(out, torch.zeros_like(out)).backward()
+        assert loss.terms.rate > 0
+
+    def test_the_handle(self) -> None:
+        student = sequential()
+        before = photograph(student, torch.ones(2, 16))
+        attached = attach(student)
+        assert isinstance(attached.head, GaussianHead)
+        assert attached.out_features == 8
+        assert attached.head in student.modules()
+        attached.remove()
+        assert photograph(student, torch.ones(2, 16)) == before
+
+    def test_a_head_that_was_put_in_by_hand_is_not_taken_out(self) -> None:
+        loss = ClimbLoss(square, heads=GaussianHead(4), beta=1e-3)
+        with pytest.raises(ValueError, match="by hand"):
+            unwrap(loss)
+        with pytest.raises(TypeError, match="takes what wrap returned, got function"):
+            unwrap(square)  # type: ignore[arg-type]
+
+    def test_beta_0_hangs_nothing_on(self) -> None:
+        student, rows = sequential(), torch.ones(2, 16)
+        before = photograph(student, rows)
+        loss = wrap(square, student=student, beta=0)
+        assert photograph(student, rows) == before
+        assert torch.equal(loss(student(rows)), square(student(rows)))
+        assert unwrap(loss) is square
+
+    @pytest.mark.parametrize(
+        "options", [{"prior": "other"}, {"alpha": -1.0}, {"views": 2}, {"at": "end"}]
+    )
+    def test_an_error_leaves_nothing_behind(self, options: dict[str, Any]) -> None:
+        student, rows = sequential(), torch.ones(2, 16)
+        before = photograph(student, rows)
+        with pytest.raises(ValueError, match=r"must be|no use for it"):
+            wrap(square, student=student, beta=1e-3, **options)
+        assert photograph(student, rows) == before
+
+
+class TestTheHostMeansWhatItMeant:
+    def test_indexing(self) -> None:
+        student, rows = sequential(), torch.randn(4, 16)
+        layers, penultimate = list(student), student[:-1](rows)
+        wrap(square, student=student, beta=1e-3)
+        assert len(student) == 3
+        assert list(student) == list(student.children()) == layers
+        assert student[-1] is layers[-1]
+        assert torch.equal(student[:-1](rows), penultimate)
+
+    @pytest.mark.parametrize(
+        "take_off",
+        [
+            lambda p: nn.Sequential(*list(p.children())[:-1]),
+            lambda p: p[:-1],
+            lambda p: p.__setitem__(-1, nn.Identity()) or p,
+            lambda p: p.__delitem__(-1) or p,
+        ],
+        ids=["children", "slice", "Identity", "del"],
+    )
+    def test_the_last_layer_is_taken_off(self, take_off: Callable[[Any], nn.Module]) -> None:
+        student = sequential()
+        plain, rows = copy.deepcopy(student), torch.randn(4, 16)
+        wrap(square, student=student, beta=1e-3)(student(rows)).backward()
+        assert torch.equal(take_off(student.eval())(rows), take_off(plain)(rows))
+
+    @pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS)
+    def test_keys(self, make: Callable[[], nn.Module]) -> None:
+        student = make()
+        plain = student.state_dict()
+        wrap(square, student=student, beta=1e-3)
+        wrapped = student.state_dict()
+        assert [key for key in wrapped if "gaussian." not in key] == list(plain)
+        # The parameters of the host come in the order that they had.
+        named = [name for name, _ in student.named_parameters() if "gaussian." not in name]
+        assert named == [name for name, _ in make().named_parameters()]
+        missing, unexpected = student.load_state_dict(plain, strict=False)
+        assert all(key.split(".")[-3] == "gaussian" for key in missing)
+        assert unexpected == []
+
+    def test_the_head_has_the_training_of_its_host(self) -> None:
+        student = sequential().eval()
+        (head,) = wrap(square, student=student, beta=1e-3).heads
+        assert not head.training
+        student.train()
+        assert head.training
+
+    @pytest.mark.parametrize("make", [sequential, Own], ids=["sequential", "own"])
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_a_hook_of_the_user_sees_the_sample(
+        self, make: Callable[[], nn.Module], when: str
+    ) -> None:
+        student, rows, saved = make(), torch.randn(6, 16), {}
+        mean = student(rows).detach()
+        if when == "before":
+            student.register_forward_hook(lambda *seen: saved.update(z=seen[2]))
+        loss = wrap(square, student=student, beta=1e-3)
+        if when == "after":
+            student.register_forward_hook(lambda *seen: saved.update(z=seen[2]))
+        student(rows)
+        loss(saved["z"]).backward()
+        torch.testing.assert_close(loss.terms.rate, rate(mean), rtol=1e-4, atol=0.0)
+
+
+def rate(mean: Tensor, std: float = 0.1) -> Tensor:
+    """Of a posterior with this mean and std, by torch.distributions."""
+    return kl_divergence(Normal(mean.detach(), torch.tensor(std)), Normal(0.0, 1.0)).sum(-1).mean()
+
+
+def assert_rate(loss: ClimbLoss, student: nn.Module, rows: Tensor, mean: Tensor) -> None:
+    loss(student(rows)).backward()
+    torch.testing.assert_close(loss.terms.rate, rate(mean), rtol=1e-3, atol=0.0)
+
+
+class TestStateIsFloatingPointParameters:
+    @pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS)
+    def test_nothing_else_is_added(self, make: Callable[[], nn.Module]) -> None:
+        student = make()
+        plain = set(student.state_dict())
+        wrap(square, student=student, beta=1e-3)
+        added = {k: v for k, v in student.state_dict().items() if k not in plain}
+        parameters = dict(student.named_parameters())
+        assert added
+        assert added.keys() <= parameters.keys()
+        assert all(value.is_floating_point() for value in added.values())
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda old, new: (old + new) / 2,
+            lambda old, new: old / 3 + old / 3 + new / 3,
+            lambda old, new: new.half(),
+            lambda old, new: new.double(),
+            lambda old, new: 0.9 * old + 0.1 * new,
+        ],
+        ids=["mean", "soup", "half", "double", "ema"],
+    )
+    def test_averaged_and_cast(self, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        student = nn.Sequential(*sequential(), nn.LayerNorm(8))
+        wrap(square, student=student, beta=1e-3)
+        teacher = copy.deepcopy(student).requires_grad_(False)
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(1.0)
+        old, new = teacher.state_dict(), student.state_dict()
+        expected = {key: change(old[key], new[key]).float() for key in old}
+        teacher.load_state_dict({key: change(old[key], new[key]) for key in old})
+        for key, value in teacher.state_dict().items():
+            assert torch.equal(value, expected[key])
+        rows = torch.randn(6, 16)
+        assert torch.equal(teacher(rows), teacher.eval()(rows))
+
+    def test_an_average_in_place_over_the_state_dict(self) -> None:
+        student = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), GaussianHead(16))
+        teacher = copy.deepcopy(student).requires_grad_(False)
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(1.0)
+            new = student.state_dict()
+            before = copy.deepcopy(teacher.state_dict())
+            for key, value in teacher.state_dict().items():
+                value.mul_(0.9).add_(new[key], alpha=0.1)
+        for key, value in teacher.state_dict().items():
+            torch.testing.assert_close(value, 0.9 * before[key] + 0.1 * new[key])
+
+    def test_through_a_file(self, tmp_path: Path) -> None:
+        student, other = sequential(), sequential()
+        for each in (student, other):
+            wrap(square, student=each, beta=1e-3)
+        torch.save(student.state_dict(), tmp_path / "state.pt")
+        other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        rows = torch.randn(4, 16)
+        assert torch.equal(other.eval()(rows), student.eval()(rows))
+
+
+class TestTheHostIsTakenApartAfterwards:
+    """The head still acts on what the module gives, or the next step says what was lost."""
+
+    def test_a_layer_is_appended(self) -> None:
+        student, rows = sequential(), torch.randn(64, 16)
+        mean = F.batch_norm(student(rows), None, None, training=True)
+        loss = wrap(square, student=student, beta=1e-3)
+        student.append(nn.BatchNorm1d(8, affine=False))
+        assert_rate(loss, student, rows, mean)
+
+    @pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+    def test_norms_on_every_linear_layer(self, norm: str) -> None:
+        student, rows = sequential(), torch.randn(6, 16)
+        loss = wrap(lambda z: z[:, 0].mean(), student=student, beta=1e-3)
+        for part in list(student.modules()):
+            if isinstance(part, nn.Linear):
+                getattr(parametrizations, norm)(part)
+        mean = student.eval()(rows)
+        loss(student.train()(rows)).backward()
+        torch.testing.assert_close(loss.terms.rate, rate(mean), rtol=0.05, atol=0.0)
+
+    def test_pruning_of_all_linear_layers(self) -> None:
+        def pruned(model: nn.Module) -> list[Tensor]:
+            chosen = [(m, "weight") for m in model.modules() if isinstance(m, nn.Linear)]
+            prune.global_unstructured(chosen, pruning_method=prune.L1Unstructured, amount=0.4)
+            return [model[0].weight_mask, model[2].weight_mask]
+
+        student = sequential()
+        plain = copy.deepcopy(student)
+        wrap(square, student=student, beta=1e-3)
+        for one, two in zip(pruned(plain), pruned(student), strict=True):
+            assert torch.equal(one, two)
+
+    @pytest.mark.parametrize("ends", ["plain", "normalised"])
+    @pytest.mark.filterwarnings("ignore:.*deprecated")
+    def test_dynamic_quantisation(self, ends: str) -> None:
+        student, rows = Own(ends), torch.randn(8, 16)
+        plain = copy.deepcopy(student)
+        loss = wrap(square, student=student, beta=1e-3)
+        loss(student(rows)).backward()
+        quantise = torch.ao.quantization.quantize_dynamic
+        try:
+            expected = quantise(plain.eval(), {nn.Linear}, dtype=torch.qint8)(rows)
+        except RuntimeError:
+            pytest.skip("this torch has no quantisation on this machine")
+        small = quantise(student.eval(), {nn.Linear}, dtype=torch.qint8)
+        torch.testing.assert_close(small(rows), expected, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("at", ["projection", "features"])
+    def test_synchronised_batch_norm(self, at: str) -> None:
+        """The layer whose output is sampled becomes another one; in eval(), as there is no GPU."""
+        student, rows = nn.ModuleDict({"head": Own("batch norm")}), torch.randn(8, 16)
+        head = student["head"]
+        mean = (
+            rows
+            if at == "features"
+            else copy.deepcopy(head.norm).eval()(head.last(F.relu(head.hidden(rows))))
+        )
+        loss = wrap(square, student=head, beta=1e-3, at=at)
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        for part in student.modules():
+            if isinstance(part, nn.SyncBatchNorm):
+                part.training = False
+        for _ in range(2):
+            loss(student["head"](rows)).backward()
+            torch.testing.assert_close(loss.terms.rate, rate(mean), rtol=1e-3, atol=0.0)
+
+    @pytest.mark.parametrize("kind", ["sequential", "normalised"])
+    def test_a_layer_is_replaced(self, kind: str) -> None:
+        student, rows = sequential() if kind == "sequential" else Own(kind), torch.randn(8, 16)
+        loss = wrap(square, student=student, beta=1e-3)
+        loss(student(rows)).backward()
+        setattr(student, "2" if kind == "sequential" else "last", nn.Linear(32, 8))
+        with pytest.raises(RuntimeError, match=r"replaced or removed.*\(unwrap\)"):
+            student(rows)
+        with torch.no_grad():
+            student(rows)
+
+    def test_the_whole_projection_is_replaced(self) -> None:
+        model = nn.ModuleDict({"fc": sequential()})
+        loss = wrap(square, student=model["fc"], beta=1e-3)
+        model["fc"] = sequential()
+        with pytest.raises(RuntimeError, match="a layer that has replaced the one"):
+            loss(model["fc"](torch.randn(8, 16)))
+
+    def test_a_wider_layer_before_it(self) -> None:
+        head = nn.Sequential(nn.Linear(16, 8), GaussianHead(8))
+        head[0] = nn.Linear(16, 10)
+        with pytest.raises(ValueError, match="was replaced since the head was built"):
+            head(torch.randn(4, 16))
+
+
+def test_a_second_wrap_on_one_head_says_how() -> None:
+    student = sequential()
+    first = wrap(square, student=student, beta=1e-3)
+    with pytest.raises(ValueError, match=r"ClimbLoss\(loss, heads=first\.heads, beta=\.\.\.\)"):
+        wrap(torch.mean, student=student, beta=1e-3)
+    second = ClimbLoss(torch.mean, heads=first.heads, beta=1e-3)
+    second(student(torch.randn(6, 16))).backward()
+    assert second.terms.rate > 0
+
+
+def test_a_module_that_was_compiled_in_place_is_refused() -> None:
+    student = sequential()
+    student[2].compile(backend="eager")
+    with pytest.raises(ValueError, match="wrap the loss first, then compile"):
+        wrap(square, student=student, beta=1e-3)
+
+
+def test_a_layer_that_is_tied_to_another_head_samples_for_the_wrapped_one_alone() -> None:
+    one, other = Own("normalised"), Own("normalised")
+    other.last = one.last
+    rows = torch.randn(64, 16)
+    expected = other(rows).detach()
+    loss = wrap(square, student=one, beta=1e-3)
+    assert torch.equal(other(rows), expected)
+    loss(one(rows)).backward()
+    assert loss.terms.rate > 0
+    assert torch.equal(other(rows), expected)
