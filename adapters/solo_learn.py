@@ -53,13 +53,12 @@ class SoloCallback(ClimbCallback):
             self._wrap(pl_module, "on_load_checkpoint", self._check_checkpoint)
         if self._on:
             self._wrap(pl_module, "training_step", _with_bottleneck)
-            super().setup(trainer, pl_module, stage)  # type: ignore[misc]
+            super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Says what is in force."""
+        """Says so where CLIMB is off."""
         if self._on:
-            self._naming_the_key(super().on_fit_start, trainer, pl_module)
-            self._naming_the_key(_check_length, trainer, pl_module.climb.schedule)
+            super().on_fit_start(trainer, pl_module)
         elif self._keys and trainer.is_global_zero:
             print("CLIMB: off, because climb_beta=0: the method is solo-learn's own.", flush=True)
 
@@ -69,6 +68,7 @@ class SoloCallback(ClimbCallback):
             return
         self._naming_the_key(super().on_train_start, trainer, pl_module)
         ramp = pl_module.climb.schedule
+        self._naming_the_key(_check_length, trainer, ramp)
         total = getattr(ramp, "total_steps", None)
         if total is not None and self._steps not in (None, total):
             warnings.warn(
