@@ -504,6 +504,22 @@ def test_resuming_goes_on_with_beta_step_and_prior(tmp_path: Path, prior: str) -
     assert any(key.endswith("climb_prior.mean") for key, _ in parts) == (prior == "learned")
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("name", ["byol", "simclr"])
+def test_resuming_repeats_the_uninterrupted_run(
+    tmp_path: Path, name: str, accumulated: int
+) -> None:
+    def train(**options: Any) -> list[float]:
+        cfg = runs.config(name, epochs=3, climb_beta=0.1)
+        options["accumulate_grad_batches"] = accumulated
+        _, _, watch = runs.train(name, cfg, runs.SaveAt(path), batches=4, **options)
+        return list(watch.losses)
+
+    path = tmp_path / "first.ckpt"
+    whole = train()
+    assert train(resume=path) == whole[4:]
+
+
 def test_resuming_goes_on_to_a_target_rate(tmp_path: Path) -> None:
     def cfg(epochs: int) -> Any:
         return runs.config("dino", epochs=epochs, climb_beta=0.1, climb_target_rate=20)
