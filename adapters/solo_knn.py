@@ -1,4 +1,4 @@
-"""k-NN accuracy of a solo-learn checkpoint, on any device.
+"""k-NN of a solo-learn checkpoint, on any device: ``python -m climb_plugin.adapters.solo_knn``.
 
 solo-learn's ``main_knn.py`` needs CUDA. The arguments here are called the same; the accuracies
 come from solo-learn's own ``WeightedKNNClassifier``. Embeddings are those of ``eval()``: the means.
@@ -11,151 +11,89 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from climb_plugin.adapters.solo_learn import register
+from climb_plugin.adapters.solo_config import register
+
+DISTANCES, FEATURES = ["cosine", "euclidean"], ["backbone", "projector"]
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Prints the accuracies of a checkpoint.
-
-    Args:
-        arguments: Those of the command line.
-    """
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the accuracies of a checkpoint; the arguments are by default the command line's."""
     from solo.data.classification_dataloader import prepare_datasets, prepare_transforms
+    from solo.utils.knn import WeightedKNNClassifier
 
     args = _parsed(arguments)
-    model = load(Path(args.pretrained_checkpoint_dir), trusted=args.trust_checkpoint).to(
-        args.device
-    )
+    model = load(args.pretrained_checkpoint_dir, trusted=args.trust_checkpoint).to(args.device)
     _, transform = prepare_transforms(args.dataset)
-    datasets = prepare_datasets(
-        args.dataset,
-        T_train=transform,
-        T_val=transform,
-        train_data_path=args.train_data_path,
-        val_data_path=args.val_data_path,
-        data_format=args.data_format,
-    )
+    where = args.train_data_path, args.val_data_path, args.data_format
+    datasets = prepare_datasets(args.dataset, transform, transform, *where)
     # Every image, in order: two evaluations give the same numbers.
-    train, test = (
-        embed(model, DataLoader(dataset, batch_size=args.batch_size, num_workers=args.num_workers))
-        for dataset in datasets
-    )
+    loaders = [DataLoader(d, args.batch_size, num_workers=args.num_workers) for d in datasets]
+    train, test = (embed(model, loader) for loader in loaders)
     for kind, k, distance in product(args.feature_type, args.k, args.distance_function):
         for temperature in args.temperature if distance == "cosine" else [None]:
-            top1, top5 = accuracy(
-                train[kind], train["targets"], test[kind], test["targets"], k, distance, temperature
-            )
+            classifier = WeightedKNNClassifier(k=k, T=temperature, distance_fx=distance)
+            classifier(train[kind], train["targets"], test[kind], test["targets"])
+            top1, top5 = map(float, classifier.compute())
             suffix = "" if temperature is None else f" T={temperature}"
             print(f"{kind} k={k} {distance}{suffix}: acc@1={top1:.2f} acc@5={top5:.2f}")
 
 
-def load(directory: Path, *, trusted: bool = False) -> Any:
-    """The model of a checkpoint directory of solo-learn, in ``eval()``.
+def load(directory: Path, *, trusted: bool = False) -> nn.Module:
+    """The model of the newest checkpoint in a directory, in ``eval()``.
 
-    Args:
-        directory: Where ``args.json`` and the checkpoint lie; of several the newest counts.
-        trusted: Whether code in the checkpoint may run. Some of solo-learn's own hold some.
-
-    Raises:
-        FileNotFoundError: If they do not lie there.
-        ValueError: If the checkpoint holds code and is not trusted.
+    Code in the checkpoint runs only if it is ``trusted``: that of simsiam holds some.
     """
     from omegaconf import OmegaConf
     from solo.methods import METHODS
 
     checkpoints = sorted(directory.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not checkpoints or not (directory / "args.json").is_file():
-        raise FileNotFoundError(
-            f"{str(directory)!r} holds no .ckpt with its args.json: pass the directory of one "
-            "run, as trained_models/dino/offline-ab12cd34."
-        )
-    register()
+        raise FileNotFoundError(f"{str(directory)!r} holds no .ckpt with its args.json.")
+    register()  # the backbone may be one of ours
     config = OmegaConf.create(json.loads((directory / "args.json").read_text()))
-    model = METHODS[config.method](config)
-    try:
-        checkpoint = torch.load(checkpoints[-1], map_location="cpu", weights_only=not trusted)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{checkpoints[-1].name} holds more than numbers, as solo-learn's checkpoints do where "
-            "a learning rate is constant (simsiam): if you trust where it comes from, add "
-            "--trust_checkpoint."
-        ) from error
-    # Not strict, as in solo-learn: queues are made when a training starts.
+    model: nn.Module = METHODS[config.method](config)
+    checkpoint = torch.load(checkpoints[-1], map_location="cpu", weights_only=not trusted)
+    # Not strict, as in solo-learn: queues are made when a training starts, heads are not used.
     model.load_state_dict(checkpoint["state_dict"], strict=False)
     return model.eval()
 
 
 @torch.no_grad()
 def embed(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Embeddings of a data set.
-
-    Args:
-        model: A solo-learn method.
-        loader: Batches of images (B, 3, H, W) and labels (B,).
-
-    Returns:
-        ``backbone`` (N, features), ``targets`` (N,), and ``projector`` (N, D) where the method
-        returns one.
-    """
+    """``backbone`` (N, features), ``targets`` (N,) and, if there is one, ``projector`` (N, D)."""
     device = next(model.parameters()).device
-    columns: dict[str, list[Tensor]] = {"backbone": [], "projector": [], "targets": []}
-    model.eval()
+    columns: dict[str, list[Tensor]] = {}
     for images, targets in loader:
-        outcome = model(images.to(device))
-        columns["backbone"].append(outcome["feats"])
-        columns["targets"].append(targets.to(device))
-        if "z" in outcome:
-            columns["projector"].append(outcome["z"])
-    return {name: torch.cat(parts) for name, parts in columns.items() if parts}
+        outcome = {"targets": targets.to(device), **model(images.to(device))}
+        for name, key in (("backbone", "feats"), ("projector", "z"), ("targets", "targets")):
+            if key in outcome:
+                columns.setdefault(name, []).append(outcome[key])
+    return {name: torch.cat(parts) for name, parts in columns.items()}
 
 
-def accuracy(
-    train: Tensor,
-    train_targets: Tensor,
-    test: Tensor,
-    test_targets: Tensor,
-    k: int,
-    distance: str,
-    temperature: float | None,
-) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy in percent, by solo-learn's classifier."""
-    from solo.utils.knn import WeightedKNNClassifier
-
-    classifier = WeightedKNNClassifier(k=k, T=temperature, distance_fx=distance)
-    classifier(
-        train_features=train,
-        train_targets=train_targets,
-        test_features=test,
-        test_targets=test_targets,
-    )
-    top1, top5 = classifier.compute()
-    return float(top1), float(top5)
-
-
-def _parsed(arguments: Sequence[str]) -> Namespace:
-    parser = ArgumentParser(prog="climb-solo knn", description=__doc__)
-    parser.add_argument("--pretrained_checkpoint_dir", required=True, metavar="DIR")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--num_workers", type=int, default=4)
-    parser.add_argument("--k", type=int, nargs="+", default=[20])
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.07])
-    parser.add_argument(
-        "--distance_function", nargs="+", default=["cosine"], choices=["cosine", "euclidean"]
-    )
-    parser.add_argument(
-        "--feature_type", nargs="+", default=["backbone"], choices=["backbone", "projector"]
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dataset", required=True, help="custom: folders of images")
-    parser.add_argument("--train_data_path", type=Path, required=True)
-    parser.add_argument("--val_data_path", type=Path, required=True)
-    parser.add_argument("--data_format", default="image_folder", choices=["image_folder", "h5"])
-    parser.add_argument("--trust_checkpoint", action="store_true", help="let code in it run")
+def _parsed(arguments: Sequence[str] | None) -> Namespace:
+    parser = ArgumentParser("python -m climb_plugin.adapters.solo_knn", description=__doc__)
+    add = parser.add_argument
+    add("--pretrained_checkpoint_dir", type=Path, required=True, metavar="DIR")
+    add("--dataset", required=True, help="custom: folders of images")
+    add("--train_data_path", type=Path, required=True)
+    add("--val_data_path", type=Path, required=True)
+    add("--data_format", default="image_folder", choices=["image_folder", "h5"])
+    add("--batch_size", type=int, default=16)
+    add("--num_workers", type=int, default=4)
+    add("--k", type=int, nargs="+", default=[20])
+    add("--temperature", type=float, nargs="+", default=[0.07])
+    for name, of in (("distance_function", DISTANCES), ("feature_type", FEATURES)):
+        add(f"--{name}", nargs="+", default=of[:1], choices=of)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--trust_checkpoint", action="store_true", help="let code in it run")
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,133 +1,270 @@
-"""CLIMB inside every method of solo-learn, switched by ``method_kwargs.climb_*``.
+"""CLIMB inside the solo-learn method that a Trainer sets up, switched by ``method_kwargs.climb_*``.
 
-``python main_pretrain.py ... ++method_kwargs.climb_beta=0.001`` is all that a user does: Hydra
-finds the plugin, which calls :func:`register`. A script without Hydra calls it by itself.
+``python main_pretrain.py ... ++method_kwargs.climb_beta=0.001`` is all that a user does: Lightning
+adds :class:`SoloCallback` to every Trainer of a program that has loaded solo-learn.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, MutableMapping
-from pathlib import Path
+import copy
+import functools
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
-try:
-    import solo.methods
-    from solo.methods.base import BaseMethod
-    from solo.methods.linear import LinearModel
-    from solo.utils.auto_resumer import AutoResumer
-except ImportError as error:
-    raise ImportError(
-        "solo-learn cannot be imported. It is on no package index; what works is: pip install "
-        "'climb-plugin[solo]', git clone https://github.com/vturrisi/solo-learn, and running its "
-        "scripts from the checkout (or with the checkout in PYTHONPATH)."
-    ) from error
+from torch import Tensor, nn
 
-from climb_plugin.adapters.solo_backbones import adapt_to_cifar, efficientnet_b0
-from climb_plugin.adapters.solo_keys import KEYS, differences, read_keys, shown
-from climb_plugin.adapters.solo_method import ClimbMethod
-
-_CIFAR = ("cifar10", "cifar100")
+from climb_plugin.adapters.lightning import ClimbCallback, _find_losses
+from climb_plugin.adapters.solo_config import DEFAULTS, make_schedule, read_keys
+from climb_plugin.adapters.solo_config import register as register
+from climb_plugin.adapters.solo_resume import freeze, thaw
+from climb_plugin.attach import NAME, attach
+from climb_plugin.loss import ClimbLoss
+from climb_plugin.schedule import Ramp
 
 
-def register(methods: MutableMapping[str, Any] | None = None) -> None:
-    """Puts CLIMB into solo-learn's methods, for this process. Calling it again is harmless.
+class SoloCallback(ClimbCallback):
+    """Puts CLIMB into the method that the Trainer sets up, if its config has ``climb_*`` keys.
 
-    Without ``climb_*`` keys, or with ``climb_beta=0``, the methods stay bit-identical.
+    The head goes into the method's ``projector`` or ``head`` (and into its momentum twin) before
+    the optimisers are made and before a checkpoint is loaded, in every process. While the method
+    is trained, its ``training_step`` returns the loss with the bottleneck; ``method.climb`` is
+    the ClimbLoss. Without the keys, or with ``climb_beta=0``, the method stays as it is.
 
-    Args:
-        methods: Name -> class, changed in place; None: solo-learn's ``METHODS``, with those
-            that you added.
-
-    Examples:
-        >>> register()
-        >>> issubclass(solo.methods.METHODS["dino"], ClimbMethod)
-        True
+    Raises:
+        TypeError: As :func:`read_keys`, when a Trainer sets the method up.
+        ValueError: Likewise; if CLIMB cannot act in the method; if a checkpoint that is resumed
+            has other ``climb_*`` values.
     """
-    table: MutableMapping[str, Any] = solo.methods.METHODS if methods is None else methods
-    exported = vars(solo.methods)
-    for name, method in list(table.items()):
-        if method is LinearModel or issubclass(method, ClimbMethod):
-            continue
-        table[name] = with_climb(method)
-        # from solo.methods import DINO
-        for alias in [key for key, value in exported.items() if value is method]:
-            if method is not BaseMethod:
-                exported[alias] = table[name]
-    BaseMethod._BACKBONES.setdefault("efficientnet_b0", efficientnet_b0)
-    if not hasattr(AutoResumer, "_climb_plugin"):
-        AutoResumer._climb_plugin = True
-        AutoResumer.find_checkpoint = _minding_climb(AutoResumer.find_checkpoint)
-        LinearModel.add_and_assert_specific_cfg = staticmethod(
-            _refusing_climb(LinearModel.add_and_assert_specific_cfg)
-        )
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._keys: dict[str, Any] = {}
+        self._steps: int | None = None
+        self._host: Mapping[str, Any] | None = None
+        self._undo = ExitStack()
 
-def with_climb(method: Any) -> Any:
-    """A subclass of a method that heeds ``climb_*``; the method's name stays its own."""
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Puts the head in, and wraps what the training calls."""
+        self._keys, self._steps = read_keys(_config_of(pl_module)), None
+        _put_in(pl_module, self._keys, trained=stage == "fit")
+        if stage == "fit":
+            self._wrap(pl_module, "on_load_checkpoint", self._check_checkpoint)
+        if self._on:
+            self._wrap(pl_module, "training_step", _with_bottleneck)
+            super().setup(trainer, pl_module, stage)
 
-    def add_and_assert_specific_cfg(cfg: Any) -> Any:
-        keys = read_keys(cfg)
-        if keys is not None and keys.on:
-            # In full, so that args.json and the logger say what was in force.
-            cfg.method_kwargs.update(keys.named())
-        return method.add_and_assert_specific_cfg(cfg)
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Says so where CLIMB is off."""
+        if self._on:
+            super().on_fit_start(trainer, pl_module)
+        elif self._keys and trainer.is_global_zero:
+            print("CLIMB: off, because climb_beta=0: the method is solo-learn's own.", flush=True)
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        super(subclass, self).__init__(*args, **kwargs)
-        if self.cfg.data.dataset in _CIFAR:
-            adapt_to_cifar(self)
-
-    subclass: Any = type(
-        method.__name__,
-        (ClimbMethod, method),
-        {
-            "__init__": __init__,
-            "__doc__": method.__doc__,
-            "__module__": __name__,
-            "add_and_assert_specific_cfg": staticmethod(add_and_assert_specific_cfg),
-        },
-    )
-    return subclass
-
-
-def __getattr__(name: str) -> Any:
-    """The class of a registered method by its name: what unpickling one asks for."""
-    if not name.startswith("_"):
-        register()
-        for method in solo.methods.METHODS.values():
-            if method.__name__ == name and issubclass(method, ClimbMethod):
-                return method
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _refusing_climb(add_and_assert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def checked(cfg: Any) -> Any:
-        if read_keys(cfg) is not None:
-            raise ValueError(
-                "climb_* keys have no effect in linear evaluation, which trains no embedding: "
-                "they belong to main_pretrain.py."
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Goes on from the checkpoint that is resumed, over the length of its training."""
+        if not self._on:
+            return
+        self._naming_the_key(super().on_train_start, trainer, pl_module)
+        ramp = pl_module.climb.schedule
+        self._naming_the_key(_check_length, trainer, ramp)
+        total = getattr(ramp, "total_steps", None)
+        if total is not None and self._steps not in (None, total):
+            warnings.warn(
+                f"climb_warmup={self._keys['climb_warmup']} stays a fraction of the {self._steps} "
+                f"optimiser steps of the training that is resumed, not of the {total} of this one.",
+                stacklevel=2,
             )
-        return add_and_assert(cfg)
+            pl_module.climb.schedule = replace(ramp, total_steps=self._steps)
+        self._steps = self._steps or total
 
-    return checked
+    def state_dict(self) -> dict[str, Any]:
+        """The keys in force, the length of the training, and the state of the loss."""
+        losses = super().state_dict()
+        return {"keys": self._keys, "steps": self._steps, "losses": losses} if self._on else {}
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Keeps what :meth:`state_dict` returned until the training starts."""
+        self._steps = state_dict["steps"]
+        super().load_state_dict(state_dict["losses"])
 
-def _minding_climb(find_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Resumes no checkpoint with other ``climb_*`` values, and says so."""
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        """Adds what solo-learn needs to go on to the same numbers, and does not save."""
+        if self._on:
+            checkpoint["climb_host"] = freeze(pl_module)
 
-    def find(self: Any, cfg: Any) -> Any:
-        plain = AutoResumer.SHOULD_MATCH
-        AutoResumer.SHOULD_MATCH = [*plain, *(f"method_kwargs.{key}" for key in KEYS)]
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Goes on with that; Lightning first ends the saved epoch once more."""
+        if self._host is not None:
+            thaw(pl_module, self._host, step=trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """From here on the numbers are the training's own."""
+        self._host = None
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Gives the method its own functions back."""
+        self._undo.close()
+        super().on_exception(trainer, pl_module, exception)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Gives the method its own functions back."""
+        self._undo.close()
+        super().teardown(trainer, pl_module, stage)
+
+    @property
+    def _on(self) -> bool:
+        return bool(self._keys and self._keys["climb_beta"])
+
+    def _naming_the_key(self, hook: Callable[..., None], *args: Any) -> None:
         try:
-            found = find_checkpoint(self, cfg)
-        finally:
-            AutoResumer.SHOULD_MATCH = plain
-        other = (None, None) if found[0] else find_checkpoint(self, cfg)
-        if other[0]:
-            saved = json.loads((Path(other[0]).parent / "args.json").read_text())
-            changed = differences(saved.get("method_kwargs"), cfg.get("method_kwargs"))
-            print(f"CLIMB: starting anew, not from {other[0]}: {shown(changed)}.", flush=True)
-        return found
+            hook(*args)
+        except ValueError as error:
+            raise ValueError(f"climb_warmup={self._keys['climb_warmup']}: {error}") from error
 
-    return find
+    def _wrap(self, module: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        inner, own = getattr(module, name), vars(module)  # whichever class it comes from
+        self._undo.callback(own.update, {name: own[name]} if name in own else {})
+        self._undo.callback(own.pop, name)  # undone in reverse
+        own[name] = functools.wraps(inner)(functools.partial(wrapper, module, inner))
+
+    def _check_checkpoint(self, module: Any, inner: Any, checkpoint: dict[str, Any]) -> None:
+        """Refuses to resume a run with other ``climb_*`` values."""
+        saved = checkpoint.get("callbacks", {}).get(type(self).__qualname__, {}).get("keys", {})
+        now = self._keys if self._on else {}
+        changed = {
+            key: f"{key} was {saved.get(key)} and is {now.get(key)}"
+            for key in DEFAULTS
+            if saved.get(key) != now.get(key)
+        }
+        if now and not saved:
+            _start_from_weights(module, checkpoint)
+        elif changed.keys() == {"climb_init_std"}:
+            said = f"{changed['climb_init_std']}: no effect, as the head is the checkpoint's."
+            warnings.warn(said, stacklevel=2)
+        elif changed:
+            raise ValueError(
+                f"this checkpoint cannot be resumed: {', '.join(changed.values())}. Take its "
+                "values, or start anew: without resume_from_checkpoint, and with another name=, "
+                "which is part of what auto_resume compares."
+            )
+        self._host = checkpoint.get("climb_host") if now else None
+        inner(checkpoint)
+
+
+def _config_of(module: Any) -> Any:
+    """The config of a method; that of another LightningModule may use our names as it likes."""
+    for config in (getattr(module, "cfg", None), module.hparams):
+        if isinstance(config, Mapping) and "method" in config:
+            return config
+    return None
+
+
+def _check_length(trainer: Any, ramp: object) -> None:
+    total = trainer.estimated_stepping_batches
+    if isinstance(ramp, Ramp) and 0 <= total < math.inf:
+        ramp.over(int(total))  # raises where beta would never arrive
+
+
+def _put_in(module: Any, keys: Mapping[str, Any], *, trained: bool) -> None:
+    """Makes ``module.climb``, the loss whose head is in the method's projection head."""
+    own = vars(module)  # nn.Module would make a submodule of the loss
+    if own.get("climb_keys", keys) != keys:
+        raise ValueError(f"this model was set up with {own['climb_keys']}: build it anew.")
+    if not keys or not keys["climb_beta"]:
+        return
+    if trained and not module.automatic_optimization:
+        raise ValueError(
+            f"climb_beta has no effect in {type(module).__name__}, which optimises by itself "
+            "(automatic_optimization=False): drop the climb_* keys, and put a ClimbLoss where it "
+            "makes its loss."
+        )
+    if "climb_keys" not in own:
+        own.update(climb=_make_loss(module, keys), climb_keys=dict(keys))
+    own["climb"].schedule = make_schedule(keys)
+    own["climb"].set_step(0)
+
+
+def _make_loss(module: Any, keys: Mapping[str, Any]) -> ClimbLoss:
+    method = type(module).__name__
+    taken = [f"a ClimbLoss of its own, {path}" for path, _ in _find_losses(module)]
+    taken += ["an attribute climb of its own"] * hasattr(module, "climb")
+    if taken:
+        raise ValueError(f"{method} has {taken[0]}: drop the climb_* keys, or it.")
+    names = [n for n in ("projector", "head") if isinstance(getattr(module, n, None), nn.Module)]
+    if not names:
+        raise ValueError(
+            f"climb_beta has nothing to act on in {method}: it has neither a projector nor a head "
+            "(module). Drop the climb_* keys or choose another method."
+        )
+    student = getattr(module, names[0])
+    # Momentum updates pair parameters one to one, so the twin needs the same ones.
+    twins = [twin for online, twin in getattr(module, "momentum_pairs", ()) if online is student]
+    teacher = twins[0] if twins else getattr(module, f"momentum_{names[0]}", None)
+    at, std = keys["climb_at"], keys["climb_init_std"]
+    try:
+        placed = attach(student, teacher=teacher, at=at, init_std=std)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"climb_beta cannot act on {method}.{names[0]}: {error}") from error
+    loss = ClimbLoss(
+        _as_it_is,
+        heads=placed,
+        beta=make_schedule(keys),
+        alpha=keys["climb_alpha"],
+        prior=keys["climb_prior"],
+        free_nats=keys["climb_free_nats"],
+        check_base=False,
+    )
+    _hold_priors(loss, student, teacher)
+    return loss
+
+
+def _hold_priors(loss: ClimbLoss, student: nn.Module, teacher: nn.Module | None) -> None:
+    """Makes a learned prior a part of its head, so that whoever optimises that has it too."""
+    paths = {module: path for path, module in student.named_modules()}
+    for head, prior in zip(loss.heads, loss.climb_priors, strict=True):
+        if any(True for _ in prior.parameters()):
+            head.add_module("climb_prior", prior)
+            if teacher is not None:
+                twin = copy.deepcopy(prior).requires_grad_(False)
+                teacher.get_submodule(paths[head]).add_module("climb_prior", twin)
+
+
+def _as_it_is(loss: Tensor) -> Tensor:
+    return loss
+
+
+def _with_bottleneck(module: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The method's training step, its loss with the bottleneck."""
+    outcome = inner(*args, **kwargs)
+    value = outcome.get("loss") if isinstance(outcome, Mapping) else outcome
+    if value is None:  # Lightning skips such a batch, or says what it misses
+        return outcome
+    loss: ClimbLoss = module.climb
+    try:
+        total = loss(value)
+    except ValueError as error:
+        if loss.prior in ("standard", "learned"):
+            raise
+        said = str(error).split(". ")[0]
+        raise ValueError(
+            f"climb_prior={loss.prior!r} in {type(module).__name__}: {said}. If this method does "
+            "not compare the views of an image, set climb_prior to 'standard' or 'learned'."
+        ) from error
+    return {**outcome, "loss": total} if isinstance(outcome, Mapping) else total
+
+
+def _start_from_weights(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Makes of a checkpoint without CLIMB one of which only the weights are taken."""
+    for key, value in module.state_dict().items():
+        if f".{NAME}." in key:
+            checkpoint["state_dict"].setdefault(key, value)
+    checkpoint.update(optimizer_states=[], lr_schedulers=[], callbacks={}, loops=None)
+    said = "a checkpoint without it: its weights are taken, and the training begins at step 0."
+    print(f"CLIMB: {said}", flush=True)

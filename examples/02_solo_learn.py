@@ -21,7 +21,6 @@
 
 # %%
 import csv
-import json
 import os
 import re
 import subprocess
@@ -118,9 +117,9 @@ else:
 # ++method_kwargs.climb_beta=0.01
 # ```
 #
-# The `++` is Hydra's: it sets a key whether or not the config has it. Hydra finds the installed
-# plugin by itself; the checkout stays as it was cloned. (On a GPU leave the config's `accelerator`,
-# `devices`, `strategy` and `precision` as yours are.)
+# The `++` is Hydra's: it sets a key whether or not the config has it. Lightning finds the installed
+# plugin by itself, whenever a Trainer is made; the checkout stays as it was cloned. (On a GPU leave
+# the config's `accelerator`, `devices`, `strategy` and `precision` as yours are.)
 
 
 # %%
@@ -161,7 +160,7 @@ print(*re.findall(r"CLIMB: .*", done.stdout), sep="\n")
 
 # %% [markdown]
 # The line that begins with *CLIMB:* is printed once, when the training starts: the schedule of
-# beta, the prior, where the Gaussian sits, how wide it is, and how many parameters it adds.
+# beta, the prior, and how wide the Gaussian is.
 #
 # ### A key that does not exist ends the run
 #
@@ -222,8 +221,8 @@ print(f"The std at the start, {std} in {width} dimensions, costs {alone:.1f} by 
 #
 # It lies where solo-learn puts it, and loads in its scripts with and without the plugin. The
 # parameters of the head are in the state dict, for the student and for the momentum copy; beside
-# it, one entry of the plugin has what a resumed run needs to go on with the same numbers.
-# `args.json` has every `climb_*` value that was in force, with the defaults written out.
+# it, the state of the plugin's callback has every `climb_*` value that was in force, with the
+# defaults written out. A run that resumes the checkpoint with other values is refused.
 
 # %%
 (checkpoint,) = FOLDER.glob("trained_models/dino/*/*.ckpt")
@@ -233,18 +232,17 @@ print("entries:", ", ".join(saved))
 for name, value in saved["state_dict"].items():
     if "gaussian" in name:
         print(f"    {name}: {tuple(value.shape)}")
-arguments = json.loads((checkpoint.parent / "args.json").read_text())["method_kwargs"]
-print("args.json:", {key: arguments[key] for key in arguments if key.startswith("climb")})
+print("in force:", saved["callbacks"]["SoloCallback"]["keys"])
 
 # %% [markdown]
 # ## k-NN
 #
-# solo-learn's `main_knn.py` needs CUDA. `climb-solo knn` takes the same arguments and runs
-# anywhere; the accuracies come from solo-learn's own classifier. solo-learn enlarges the images of
-# a folder to 224 pixels, which takes a CPU long, so this compares 100 images with 300.
+# solo-learn's `main_knn.py` needs CUDA. `climb_plugin.adapters.solo_knn` takes the same arguments
+# and runs anywhere; the accuracies come from solo-learn's own classifier. solo-learn enlarges the
+# images of a folder to 224 pixels, which takes a CPU long, so this compares 100 images with 300.
 
 # %%
-command = ["knn", "--pretrained_checkpoint_dir", checkpoint.parent.relative_to(FOLDER)]
+command = ["--pretrained_checkpoint_dir", checkpoint.parent.relative_to(FOLDER)]
 if DATA == "digits":
     write_images("few", train[:300])
     write_images("asked", test[:100])
@@ -254,21 +252,20 @@ else:
     # All 60,000 images: on a CPU this takes long.
     command += ["--dataset", "cifar10", "--train_data_path", datasets, "--val_data_path", datasets]
 command += ["--k", "5", "20", "--feature_type", "backbone", "projector", "--num_workers", "0"]
-knn = run("-m", "climb_plugin.adapters.solo_cli", *command)
+knn = run("-m", "climb_plugin.adapters.solo_knn", *command)
 if knn.returncode:
     raise RuntimeError(masked(knn.stderr)[-2000:])
 print(knn.stdout)
 
 # %% [markdown]
-# (`python -m climb_plugin.adapters.solo_cli` is the command `climb-solo`.) `backbone` is what one
-# keeps after the training; `projector` is the mean of CLIMB's Gaussian. With 100 test images each
-# accuracy has a standard error of several points.
+# `backbone` is what one keeps after the training; `projector` is the mean of CLIMB's Gaussian. With
+# 100 test images each accuracy has a standard error of several points.
 #
 # ## What to take along
 #
 # - `++method_kwargs.climb_beta=...` is all; `climb_beta=0`, or no key, is solo-learn bit for bit.
 # - The numbers above show that the parts work together: a few epochs on digits say nothing about
 #   what CLIMB does for your model. For that, run your config with the key and without, over several
-#   seeds, and compare `climb-solo knn` of both.
+#   seeds, and compare the k-NN of both.
 # - The other keys (`climb_prior`, `climb_at`, `climb_warmup`, ...) and what they mean for each
 #   method are in the [README](../README.md).

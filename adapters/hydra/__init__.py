@@ -1,4 +1,4 @@
-"""How Hydra finds climb-plugin: solo-learn's scripts need no change.
+"""How Hydra finds climb-plugin.
 
 Every Hydra program imports this module, so it imports nothing but Hydra's base class.
 """
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class ClimbPlugin(SearchPathPlugin):  # type: ignore[misc]
-    """Puts CLIMB into solo-learn's methods where a script has imported them.
+    """Tells solo-learn what a config may name, where a script has imported solo-learn.
 
     The search path of configs stays as it is; Hydra asks for it after the script's imports and
-    before its main function, which is the moment to register.
+    before its main function, which is the moment for it. CLIMB itself comes with the Trainer.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:

@@ -1,18 +1,31 @@
-"""Tiny runs of solo-learn's methods through its own loop; two processes when run as a script."""
+"""Small runs of solo-learn's methods through its own loop.
+
+    python tests/adapters/solo_runs.py
+
+prints the table of methods of the documentation. With a folder as its argument it is one of two
+processes that train together and leave there what they drew and ended with.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import solo.methods
 import torch
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from omegaconf import OmegaConf
+from solo.methods.base import BaseMethod
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
+
+from climb_plugin import GaussianHead
 
 PREDICTOR = {"pred_hidden_dim": 32}
 QUEUE = {"queue_size": 64}
@@ -38,24 +51,31 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(method: str, *, epochs: int = 1, **changes: Any) -> Any:
-    """A solo-learn config; ``changes`` are dotted keys with __ for the dot."""
+class Tiny(nn.Sequential):
+    """A backbone of a few milliseconds."""
+
+    def __init__(self, method: str, **kwargs: Any) -> None:
+        super().__init__(
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 16), nn.BatchNorm1d(16), nn.ReLU()
+        )
+        self.num_features = 16
+
+
+BaseMethod._BACKBONES["tiny"] = Tiny  # where solo-learn's users add theirs
+
+
+def config(method: str, *, epochs: int = 1, backbone: str = "tiny", **changes: Any) -> Any:
+    """A solo-learn config; ``changes`` are keys of method_kwargs, or dotted keys with __."""
     base = {
         "name": "test",
         "method": method,
-        "backbone": {"name": "resnet18"},
+        "backbone": {"name": backbone},
         "max_epochs": epochs,
-        "devices": "1",
-        "accelerator": "cpu",
         "data": {
             "dataset": "custom",
             "num_classes": 10,
             "num_large_crops": 2,
             "num_small_crops": 0,
-            "train_path": ".",
-            "val_path": None,
-            "format": "image_folder",
-            "num_workers": 0,
         },
         "optimizer": {
             "name": "sgd",
@@ -71,36 +91,53 @@ def config(method: str, *, epochs: int = 1, **changes: Any) -> Any:
             "proj_hidden_dim": 64,
             "proj_output_dim": 32,
             **METHODS.get(method, {}),
-            **{key: value for key, value in changes.items() if key.startswith("climb")},
+            **{key: value for key, value in changes.items() if "__" not in key},
         },
     }
     cfg = OmegaConf.create(base)
-    for key, value in changes.items():
-        if not key.startswith("climb"):
-            OmegaConf.update(cfg, key.replace("__", "."), value)
     OmegaConf.set_struct(cfg, False)
+    for key, value in changes.items():
+        if "__" in key:
+            OmegaConf.update(cfg, key.replace("__", "."), value, force_add=True)
     return cfg
 
 
 class Views(Dataset[Any]):
-    """Two random views per image: augmentation draws from the host's random numbers."""
+    """Random views of each image: augmentation draws from the host's random numbers."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, sizes: tuple[int, ...]) -> None:
+        self.count, self.sizes = count, sizes
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Any:
-        return index, [torch.randn(3, 32, 32), torch.randn(3, 32, 32)], index % 10
+        return index, [torch.randn(3, size, size) for size in self.sizes], index % 10
 
 
-class Losses(pl.Callback):
+class Watch(pl.Callback):
+    """The loss of every step, and beta where there is one."""
+
     def __init__(self) -> None:
-        self.values: list[float] = []
+        self.losses: list[float] = []
+        self.betas: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-        self.values.append(float(outputs["loss"]))
+        if outputs:
+            self.losses.append(float(outputs["loss"]))
+        if outputs and "climb" in vars(module):
+            self.betas.append(float(module.climb.terms.beta))
+
+
+class SaveAt(pl.Callback):
+    """A checkpoint at the end of an epoch, as solo-learn's Checkpointer saves it."""
+
+    def __init__(self, path: Path, epoch: int = 0) -> None:
+        self.path, self.epoch = path, epoch
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
 
 
 def train(
@@ -108,31 +145,65 @@ def train(
     cfg: Any,
     *callbacks: Any,
     batches: int = 2,
+    sizes: tuple[int, ...] = (32, 32),
     resume: Path | None = None,
     **options: Any,
-) -> tuple[Any, Any, list[float]]:
-    """Trains as main_pretrain.py does: model, trainer, and the loss of every step."""
+) -> tuple[Any, Any, Watch]:
+    """Trains as main_pretrain.py does: method, Trainer, and what was seen at every step.
+
+    Args:
+        method: A name, a class, or a method that is built already.
+        cfg: What it is built with.
+        *callbacks: More of them.
+        batches: Steps of an epoch.
+        sizes: Those of the crops.
+        resume: A checkpoint.
+        **options: Of the Trainer.
+    """
     pl.seed_everything(5)
-    model = method(cfg)
-    losses = Losses()
+    method = solo.methods.METHODS[method] if isinstance(method, str) else method
+    model = method if isinstance(method, pl.LightningModule) else method(cfg)
+    watch = Watch()
     trainer = pl.Trainer(
         max_epochs=cfg.max_epochs,
         accelerator="cpu",
+        callbacks=[watch, *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[losses, *callbacks],
         **{"devices": 1, **options},
     )
-    loader = DataLoader(Views(8 * batches), batch_size=8, shuffle=True, drop_last=True)
+    data = Views(8 * batches, sizes)
+    loader = DataLoader(data, batch_size=8, shuffle=True, drop_last=True)
     trainer.fit(model, loader, ckpt_path=resume)
-    return model, trainer, losses.values
+    return model, trainer, watch
 
 
-def digest(model: Any) -> str:
-    state = sorted(model.state_dict().items())
+def digest(module: nn.Module) -> str:
+    """Of all parameters and buffers."""
+    state = sorted(module.state_dict().items())
     return hashlib.sha256(b"".join(v.detach().numpy().tobytes() for _, v in state)).hexdigest()
+
+
+def table() -> Iterator[str]:
+    """The table of methods: place of the head, its EMA twin, rates after two batches."""
+    yield "| method | head at | EMA twin | rate at `projection` (width) | rate at `features` |"
+    yield "| --- | --- | --- | --- | --- |"
+    for name in METHODS:
+        # deepclusterv2 has no clusters in its first epoch.
+        epochs = 2 if name == "deepclusterv2" else 1
+        cells = []
+        for at in ("projection", "features"):
+            cfg = config(name, epochs=epochs, backbone="resnet18", climb_beta=1e-3, climb_at=at)
+            model, _, _ = train(name, cfg)
+            head = model.climb.heads[0]
+            cells.append(f"{float(model.climb.terms.rate):.2f} ({head.out_features})")
+            if at == "projection":
+                heads = [k for k, m in model.named_modules() if isinstance(m, GaussianHead)]
+                (place,) = (k for k in heads if not k.startswith("momentum_"))
+                twin = "yes" if len(heads) > 1 else "-"
+        yield f"| {name} | `{place}` | {twin} | {cells[0]} | {cells[1]} |"
 
 
 class Report(pl.Callback):
@@ -148,29 +219,29 @@ class Report(pl.Callback):
         )
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        parameters = b"".join(p.detach().numpy().tobytes() for p in module.parameters())
         report = {
             "steps": trainer.global_step,
-            "parameters": hashlib.sha256(parameters).hexdigest(),
+            "parameters": hashlib.sha256(
+                b"".join(p.detach().numpy().tobytes() for p in module.parameters())
+            ).hexdigest(),
+            "prior": [
+                float(p.detach().abs().sum()) for p in module.climb.climb_priors.parameters()
+            ],
             "noise": self.noise[0],
         }
         (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(report))
 
 
 def main() -> None:
-    import solo.methods
-
-    from climb_plugin.adapters.solo_learn import register
-
-    register()
-    train(
-        solo.methods.METHODS["dino"],
-        config("dino", climb_beta=1e-3),
-        Report(Path(sys.argv[1])),
-        batches=10,
-        devices=2,
-        strategy=DDPStrategy(find_unused_parameters=False, process_group_backend="gloo"),
-    )
+    """Prints the table, or trains with another process."""
+    torch.set_num_threads(1)
+    if len(sys.argv) < 2:
+        warnings.simplefilter("ignore")
+        print(*table(), sep="\n")
+        return
+    strategy = DDPStrategy(find_unused_parameters=False, process_group_backend="gloo")
+    cfg = config("dino", climb_beta=1e-3, climb_prior="learned")
+    train("dino", cfg, Report(Path(sys.argv[1])), batches=10, devices=2, strategy=strategy)
 
 
 if __name__ == "__main__":
