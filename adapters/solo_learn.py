@@ -17,16 +17,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from climb_plugin.adapters.lightning import ClimbCallback, _find_losses
+from climb_plugin.adapters.lightning import _find_losses
 from climb_plugin.adapters.solo_config import DEFAULTS, make_schedule, read_keys
 from climb_plugin.adapters.solo_config import register as register
-from climb_plugin.adapters.solo_resume import freeze, thaw
+from climb_plugin.adapters.solo_resume import ResumingCallback
 from climb_plugin.attach import NAME, attach
 from climb_plugin.loss import ClimbLoss
 from climb_plugin.schedule import Ramp
 
 
-class SoloCallback(ClimbCallback):
+class SoloCallback(ResumingCallback):
     """Puts CLIMB into the method that the Trainer sets up, if its config has ``climb_*`` keys.
 
     The head goes into the method's ``projector`` or ``head`` (and into its momentum twin) before
@@ -44,7 +44,6 @@ class SoloCallback(ClimbCallback):
         super().__init__()
         self._keys: dict[str, Any] = {}
         self._steps: int | None = None
-        self._host: Mapping[str, Any] | None = None
         self._undo = ExitStack()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -90,23 +89,6 @@ class SoloCallback(ClimbCallback):
         """Keeps what :meth:`state_dict` returned until the training starts."""
         self._steps = state_dict["steps"]
         super().load_state_dict(state_dict["losses"])
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        """Adds what solo-learn needs to go on to the same numbers, and does not save."""
-        if self._on:
-            checkpoint["climb_host"] = freeze(pl_module)
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Goes on with that; Lightning first ends the saved epoch once more."""
-        if self._host is not None:
-            thaw(pl_module, self._host, step=trainer.global_step)
-
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """From here on the numbers are the training's own."""
-        self._host = None
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Gives the method its own functions back."""
@@ -154,7 +136,7 @@ class SoloCallback(ClimbCallback):
                 "values, or start anew: without resume_from_checkpoint, and with another name=, "
                 "which is part of what auto_resume compares."
             )
-        self._host = checkpoint.get("climb_host") if now else None
+        self.resume_from(checkpoint if now else {})
         inner(checkpoint)
 
 

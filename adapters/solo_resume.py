@@ -1,4 +1,4 @@
-"""What solo-learn's checkpoints lack: random numbers, and where the momentum's update stands."""
+"""Saves what solo-learn's checkpoints lack: random numbers, and where the momentum stands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,39 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from climb_plugin.adapters.lightning import ClimbCallback
+
+_KEY = "climb_host"
+
+
+class ResumingCallback(ClimbCallback):
+    """A callback whose checkpoints let a method of solo-learn go on to the same numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._host: Mapping[str, Any] | None = None
+
+    def resume_from(self, checkpoint: Mapping[str, Any]) -> None:
+        """Keeps what a checkpoint has of the host until its training goes on."""
+        self._host = checkpoint.get(_KEY)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        """Adds what solo-learn needs and does not save, where CLIMB is on."""
+        if hasattr(pl_module, "climb"):
+            checkpoint[_KEY] = freeze(pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Goes on with that; Lightning first ends the saved epoch once more."""
+        if self._host is not None:
+            thaw(pl_module, self._host, step=trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """From here on the numbers are the training's own."""
+        self._host = None
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
 
 def freeze(module: Any) -> dict[str, Any]:
