@@ -1,7 +1,6 @@
 """CLIMB inside the solo-learn method that a Trainer sets up, switched by ``method_kwargs.climb_*``.
 
-``python main_pretrain.py ... ++method_kwargs.climb_beta=0.001`` is all that a user does: Lightning
-adds :class:`SoloCallback` to every Trainer of a program that has loaded solo-learn.
+A user sets that key and no more: Lightning adds :class:`SoloCallback` to every Trainer.
 """
 
 from __future__ import annotations
@@ -68,8 +67,7 @@ class SoloCallback(ResumingCallback):
         if not self._on:
             return
         self._naming_the_key(super().on_train_start, trainer, pl_module)
-        ramp = pl_module.climb.schedule
-        self._naming_the_key(_check_length, trainer, ramp)
+        self._naming_the_key(_check_length, trainer, ramp := pl_module.climb.schedule)
         total = getattr(ramp, "total_steps", None)
         if total is not None and self._steps not in (None, total):
             warnings.warn(
