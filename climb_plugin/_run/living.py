@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from itertools import compress
 from typing import Any
 
 
@@ -17,5 +18,5 @@ def living(chosen: Callable[[type], bool]) -> list[Any]:
     """
     objects = gc.get_objects()
     # Types, not isinstance: that asks an object for its __class__, which runs a proxy's code.
-    kinds = {kind for kind in {type(item) for item in objects} if chosen(kind)}
-    return [item for item in objects if type(item) in kinds]
+    kinds = {kind for kind in set(map(type, objects)) if chosen(kind)}
+    return list(compress(objects, map(kinds.__contains__, map(type, objects))))

@@ -45,6 +45,8 @@ class Steps:
         self._called = False  # The same, where backward passes are not what counts.
         self._skipped: Tensor | None = None
         self._counting: ReferenceType[Optimizer] | None = None
+        self._passes = 0  # Backward passes since, which may have to stand for steps.
+        self._passed = False  # Whether the last call of the loss is among them.
         self._looked = False
         self._prior_checked = False
         self._leaves: list[ReferenceType[Tensor]] | None = None
@@ -57,7 +59,22 @@ class Steps:
             # A scaler left the weights as they were; only now, as this waits for the device.
             self._steps -= int(bool(self._skipped))
             self._skipped = None
+        if self._passes:
+            self._settle()
         return self._steps
+
+    def _settle(self) -> None:
+        """Decides what backward passes without an optimiser step are: steps, or accumulation.
+
+        Only where somebody asks for the count by then, as looking for optimisers takes a while.
+        """
+        if not self._looked:
+            self._looked = True
+            self._counting = self._find(self._parameters(), self._upstream())
+        if self._counting is None:
+            self._steps += self._passes
+            self._fresh = False
+        self._passes = 0
 
     def set_to(self, step: int) -> None:
         """Says where the count stands; optimiser steps go on from there.
@@ -69,7 +86,7 @@ class Steps:
 
     def restore(self, step: int) -> None:
         """Goes on from a count that was saved, by whatever it was counted."""
-        self._steps, self._skipped = step, None
+        self._steps, self._skipped, self._passes = step, None, 0
 
     def loss_called(self, value: Tensor) -> None:
         """Notes a call of the loss that trains.
@@ -78,18 +95,16 @@ class Steps:
             value: What it depends on is what the optimiser moves.
         """
         self._fresh = self._called = True
+        self._passed = False
         if self._leaves is None:
             own = {id(p) for p in self._parameters()} | {id(p) for p in self._priors.parameters()}
             self._leaves = [leaf for leaf in leaves_behind(value) if id(leaf()) not in own]
 
     def backward_done(self) -> None:
         """Notes a backward pass; it counts as a step where no optimiser of torch is known."""
-        if self._counting is None and not self._looked:
-            self._looked = True
-            self._counting = self._find(self._parameters()) or self._find(self._upstream())
-        if self._counting is None and self._fresh and not self._was_set:
-            self._fresh = False
-            self._steps += 1
+        if self._counting is None and self._fresh and not self._passed and not self._was_set:
+            self._passed = True
+            self._passes += 1
 
     def optimizer_stepped(self, optimizer: Optimizer) -> None:
         """Notes a step of an optimiser, whosever it is.
@@ -105,6 +120,7 @@ class Steps:
         ):
             self._counting = ref(optimizer)
             self._called = False
+            self._passes = 0
             self._count(optimizer)
             self._check_prior(held)
         elif self._called and trained and self._holder_is_gone(trained) and self._moves(held):
@@ -158,11 +174,14 @@ class Steps:
             stacklevel=5,  # where the optimiser steps
         )
 
-    def _find(self, wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:
-        ids = {id(parameter) for parameter in wanted}
-        for optimizer in living(lambda kind: issubclass(kind, Optimizer)):
-            if ids & _held(optimizer):
-                return ref(optimizer)
+    def _find(self, *wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:
+        """An optimiser that holds one of these; of those before rather than of those behind."""
+        optimizers = [(one, _held(one)) for one in living(lambda k: issubclass(k, Optimizer))]
+        for tensors in wanted:
+            ids = {id(tensor) for tensor in tensors}
+            for optimizer, held in optimizers:
+                if ids & held:
+                    return ref(optimizer)
         return None
 
     def _parameters(self) -> list[nn.Parameter]:
