@@ -14,6 +14,7 @@ import math
 import pickle
 import sys
 import tracemalloc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -388,7 +389,10 @@ class Training(RuleBasedStateMachine):
             with raising(RuntimeError, "no sample of heads[0]"):
                 self.loss(rows)
         else:
-            assert torch.equal(self.loss(rows), Base()(rows))
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                assert torch.equal(self.loss(rows), Base()(rows))
+            assert all("was not called for this loss" in str(w.message) for w in said)
         self.calls += 1
 
     @rule(batch=batches)

@@ -450,6 +450,22 @@ class TestMissing:
         assert all(p.grad is None for p in student.parameters())
         assert all(p.grad is not None for p in twin.parameters())
 
+    def test_a_head_whose_module_is_no_longer_there(self) -> None:
+        """It went into eval() with the model, and did not come back with it."""
+        model = nn.ModuleDict({"fc": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))})
+        loss = wrap(F.mse_loss, student=model["fc"], beta=1e-3)
+        rows = torch.randn(6, 8)
+        loss(model["fc"](rows), self.target).backward()
+        model.eval()
+        with torch.no_grad():
+            loss(model["fc"](rows), self.target)
+        loss(model["fc"](rows), self.target).backward()
+        model["fc"] = nn.Linear(8, 4)
+        model.train()
+        with pytest.warns(UserWarning, match=r"in eval\(\) and was not called") as said:
+            loss(model["fc"](rows), self.target).backward()
+        assert [warning.filename for warning in said] == [__file__]
+
     def test_the_teacher_alone(self) -> None:
         """As lightly's CAPI trains its teacher's head; base is the way."""
         student, teacher = nn.Linear(8, 4), nn.Linear(8, 4)

@@ -158,6 +158,28 @@ def test_all_heads_frozen_is_said_once_and_is_the_base_loss() -> None:
     loss(predictor(head(encoder(rows))), target).backward()
 
 
+@pytest.mark.parametrize("towers", [1, 2])
+def test_what_was_trained_may_be_frozen_later(towers: int) -> None:
+    encoders = [nn.Linear(16, 8) for _ in range(towers)]
+    heads = [GaussianHead(8) for _ in range(towers)]
+    loss = ClimbLoss(lambda *z: torch.stack(z).square().mean(), heads=heads, beta=1e-3)
+    scale, rows = torch.ones((), requires_grad=True), torch.randn(32, 16)
+
+    def step() -> None:
+        pairs = zip(encoders, heads, strict=True)
+        loss(*(scale * head(encoder(rows)) for encoder, head in pairs)).backward()
+
+    step()
+    encoders[0].requires_grad_(False)
+    heads[0].requires_grad_(False)
+    if towers == 1:
+        with pytest.warns(UserWarning, match="all heads of this loss are frozen") as said:
+            step()
+        assert len(said) == 1
+    step()
+    assert loss.terms.rate.isnan() == (towers == 1)
+
+
 def test_a_linear_probe_in_train_mode_sees_means() -> None:
     def probe(backbone: nn.Module) -> list[float]:
         torch.manual_seed(1)
