@@ -402,12 +402,23 @@ class TestTheHostIsTakenApartAfterwards:
             loss(student["head"](rows)).backward()
             torch.testing.assert_close(loss.terms.rate, rate(mean), rtol=1e-3, atol=0.0)
 
-    @pytest.mark.parametrize("kind", ["sequential", "normalised"])
-    def test_a_layer_is_replaced(self, kind: str) -> None:
-        student, rows = sequential() if kind == "sequential" else Own(kind), torch.randn(8, 16)
+    def test_the_last_layer_is_replaced(self) -> None:
+        student, rows = sequential(), torch.randn(8, 16)
         loss = wrap(square, student=student, beta=1e-3)
         loss(student(rows)).backward()
-        setattr(student, "2" if kind == "sequential" else "last", nn.Linear(32, 8))
+        student[-1] = nn.Linear(32, 8)
+        assert_rate(loss, student, rows, copy.deepcopy(student).eval()(rows))
+
+    @pytest.mark.parametrize(
+        ("make", "layer"), [(sequential, "1"), (lambda: Own("normalised"), "last")]
+    )
+    def test_the_layer_that_holds_the_head_is_replaced(
+        self, make: Callable[[], nn.Module], layer: str
+    ) -> None:
+        student, rows = make(), torch.randn(8, 16)
+        loss = wrap(square, student=student, beta=1e-3)
+        loss(student(rows)).backward()
+        setattr(student, layer, nn.GELU() if layer == "1" else nn.Linear(32, 8))
         with pytest.raises(RuntimeError, match=r"replaced or removed.*\(unwrap\)"):
             student(rows)
         with torch.no_grad():

@@ -200,6 +200,31 @@ class TestAttributes:
         with pytest.raises(AttributeError, match=r"set criterion\.base\.forward"):
             loss.forward = square
 
+    @pytest.mark.parametrize("name", SHORT)
+    def test_climbs_own_are_not_deleted(self, name: str) -> None:
+        with pytest.raises(AttributeError, match=f"{name} is CLIMB's"):
+            delattr(make(square), name)
+
+    def test_names_of_torchs_modules_that_the_base_has_set(self) -> None:
+        """A base may call something of its own ``type`` or ``half``."""
+        base = Base()
+        base.type = "cosine"
+        loss = make(base)
+        assert loss.type == "cosine"
+        loss.type = "euclidean"
+        assert base.type == "euclidean"
+        assert make(Base()).type is not base.type
+
+    @pytest.mark.parametrize("value", [-1.0, float("nan"), "0.5", None])
+    def test_settings_are_checked_when_they_are_set(self, value: Any) -> None:
+        loss = make(square, alpha=0.5)
+        for name in ("alpha", "schedule"):
+            with pytest.raises((TypeError, ValueError), match=r"finite|must be a number"):
+                setattr(loss, name, value)
+        assert (loss.alpha, loss.beta) == (0.5, 1e-3)
+        loss.schedule = 0.25
+        assert loss.beta == 0.25
+
     def test_of_a_function(self) -> None:
         def base(z: Tensor) -> Tensor:
             return base.scale * z.mean()  # type: ignore[attr-defined, no-any-return]
@@ -219,12 +244,24 @@ class TestMethods:
         (head,) = loss.heads
         sample = head(torch.randn(5, 4))
         with pytest.raises(
-            RuntimeError, match=r"result of parts .*criterion\.base\.parts\(\.\.\.\)"
+            RuntimeError, match=r"parts of the base .*criterion\.base\.parts\(\.\.\.\)"
         ):
             loss.parts(sample, kind=kind)
         assert loss.base.parts(sample, kind=kind) is not None
-        with pytest.raises(RuntimeError, match="result of masked"):
+        with pytest.raises(RuntimeError, match="masked of the base loss depends on a sample"):
             loss.masked(sample)
+
+    def test_so_does_an_attribute_that_depends_on_one(self) -> None:
+        class Keeping(nn.Module):
+            def forward(self, z: Tensor) -> Tensor:
+                self.pull = z.square().mean()
+                return self.pull + 1
+
+        loss = make(Keeping())
+        loss(loss.heads[0](torch.randn(5, 4)))
+        with pytest.raises(AttributeError, match=r"pull of the base .*criterion\.base\.pull"):
+            _ = loss.pull
+        assert loss.base.pull.requires_grad
 
     def test_others_pass(self) -> None:
         loss = make(Base())

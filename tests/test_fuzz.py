@@ -14,6 +14,7 @@ import math
 import pickle
 import sys
 import tracemalloc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,6 +230,8 @@ class Training(RuleBasedStateMachine):
             self.controller = Controller(self.loss.schedule)
         self.steps = self.updates = self.calls = 0
         self.fresh = False  # whether the loss was called since the last step
+        self.sampled = False  # whether the heads were called since the loss was
+        self.proven = False  # whether the loss has had samples
         self.kept: list[Seen] = []
         self.gone: list[weakref.ReferenceType[Tensor]] = []
         self.optimise()
@@ -261,6 +264,7 @@ class Training(RuleBasedStateMachine):
         for head, embedding in zip(self.net.heads, embeddings, strict=True):
             mean, logvar = head.posterior(embedding.detach())
             posteriors.append((mean.detach().cpu().double(), logvar.detach().cpu().double()))
+        self.sampled = True
         refs = remembered(out, self.net)
         assert len(refs) == len(self.net.heads)
         self.gone += refs
@@ -290,7 +294,12 @@ class Training(RuleBasedStateMachine):
         if self.controller is not None:
             self.controller.observe(self.steps, expected.rate)
         self.fresh = True
+        self.heard()
         return total
+
+    def heard(self) -> None:
+        """The loss has looked at samples, whatever came of it."""
+        self.sampled, self.proven = False, True
 
     def update(self) -> None:
         self.optimizer.step()
@@ -330,6 +339,7 @@ class Training(RuleBasedStateMachine):
         self.net, self.loss = net, loss
         self.calls += 1
         self.fresh = True
+        self.heard()
         if self.controller is not None:
             self.controller.observe(self.steps, self.loss.terms.rate.item())
         self.optimise()
@@ -384,11 +394,17 @@ class Training(RuleBasedStateMachine):
     @precondition(lambda self: not self.kept)
     def loss_without_forward(self) -> None:
         rows = torch.ones(2, 4, device=self.device, requires_grad=True)
-        if self.net.training:
+        if self.net.training and not (self.sampled and self.proven):
             with raising(RuntimeError, "no sample of heads[0]"):
                 self.loss(rows)
         else:
-            assert torch.equal(self.loss(rows), Base()(rows))
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                assert torch.equal(self.loss(rows), Base()(rows))
+            words = "a batch without positives" if self.net.training else "was not called for this"
+            assert all(words in str(warning.message) for warning in said)
+            assert math.isnan(self.loss.terms.rate)
+        self.sampled = False
         self.calls += 1
 
     @rule(batch=batches)
@@ -415,6 +431,7 @@ class Training(RuleBasedStateMachine):
         assert self.loss.terms.beta == 0
         total.backward()
         self.optimizer.zero_grad()
+        self.sampled = False
         self.calls += 1
 
     @rule(batch=batches, fail=st.sampled_from(["raise", "nan"]))
@@ -427,6 +444,8 @@ class Training(RuleBasedStateMachine):
         }[fail]
         with raising(kind, words):
             self.loss(*[view.out for view in seen], fail=fail)
+        if fail == "nan":
+            self.heard()
         self.calls += 1
 
     @rule(batch=batches)
@@ -435,6 +454,7 @@ class Training(RuleBasedStateMachine):
         seen = self.view(self.data(batch)[0])
         with raising(ValueError, "saw one forward call"):
             self.loss(seen.out)
+        self.heard()
         self.calls += 1
 
     @rule()
@@ -442,6 +462,7 @@ class Training(RuleBasedStateMachine):
     def an_empty_batch(self) -> None:
         out, _ = self.net(torch.zeros(0, WIDTH, device=self.device, dtype=self.dtype))
         assert len(out) == 0
+        self.sampled = True
 
     @rule(step=st.integers(0, 10))
     def say_which_step_it_is(self, step: int) -> None:

@@ -216,15 +216,15 @@ class TestNobodyHoldsTheHead:
         with pytest.raises(RuntimeError, match=NOT_HELD):
             train(student, loss, sgd([p for p in student.parameters() if id(p) not in own]))
 
-    def test_names_by_the_layer_hold_the_head_of_that_layer(self) -> None:
+    def test_names_of_the_layers_that_were_there_do_not_hold_it(self) -> None:
         student = make_student()
         loss = wrap(square, student=student, beta=1e-3)
         train(student, loss, sgd(student.parameters()))
         gc.collect()
         named = dict(student.named_parameters())
         chosen = [p for name, p in named.items() if name.startswith(("0.", "2."))]
-        train(student, loss, sgd(chosen))
-        assert loss.step == 10
+        with pytest.raises(RuntimeError, match=NOT_HELD):
+            train(student, loss, sgd(chosen))
 
     def test_a_learned_prior_that_nobody_holds_is_told_at_the_first_step(self) -> None:
         student = make_student()
@@ -498,28 +498,6 @@ class TestOneStepOfMany:
                 optimizer.step()
 
         assert self.betas(loop) == [0, 1, 2, 30, 31, 32]
-
-
-@pytest.mark.parametrize("parts", [1, 4])
-def test_semantics_cached_features_count_the_rate_for_each_micro_batch(parts: int) -> None:
-    """GradCache and open_clip's accumulation: beta is divided by their number there."""
-
-    def gradient(parts: int, beta: float) -> Tensor:
-        torch.manual_seed(0)
-        tower, head = nn.Linear(6, 6), GaussianHead(6, init_std=1e-3)
-        loss = ClimbLoss(lambda z: 0 * z.sum(), heads=head, beta=beta)
-        batches = torch.randn(16, 6).chunk(parts)
-        with torch.no_grad():
-            cached = [head(tower(batch)) for batch in batches]
-        for index, batch in enumerate(batches):
-            now = [*cached[:index], head(tower(batch)), *cached[index + 1 :]]
-            loss(torch.cat(now)).backward()
-        assert head.logvar.bias.grad is not None
-        return head.logvar.bias.grad
-
-    whole = gradient(1, 1e-2)
-    torch.testing.assert_close(gradient(parts, 1e-2), parts * whole)
-    torch.testing.assert_close(gradient(parts, 1e-2 / parts), whole)
 
 
 def test_the_hook_is_gone_with_the_loss() -> None:

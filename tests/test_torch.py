@@ -178,6 +178,16 @@ def test_states() -> None:
     assert len(seen) == 3
 
 
+def test_versions() -> None:
+    tests("version")
+    one = torch.ones(3)
+    before = _torch.version(one)
+    one.sin()
+    assert _torch.version(one) == before
+    one.sin_()
+    assert _torch.version(one) > before
+
+
 def test_joining() -> None:
     """Real processes join in test_distributed.py."""
     tests("joins")

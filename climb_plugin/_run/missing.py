@@ -53,7 +53,13 @@ class Wiring:
                     "pass on their means, there is nothing to regularise, and the loss is the "
                     "base loss alone."
                 )
-            self._check_asleep(value, missing, last)
+            asleep = self._asleep(missing, last)
+            if asleep and value.requires_grad:
+                self._warn(
+                    f"{self._names(asleep)} is in eval() and was not called for this loss, which "
+                    "is therefore the base loss alone. Was the module that it hung on replaced? "
+                    "Then wrap the loss of the new one."
+                )
             return
         lost = [place for place in trained if not self._may_be_unused(place, last)]
         if lost:
@@ -64,19 +70,15 @@ class Wiring:
             "the bottleneck is left out, and terms.rate is NaN where no head is left."
         )
 
-    def _check_asleep(self, value: Tensor, missing: list[int], last: int) -> None:
-        """Notices a head that is in eval() because no module holds it any more."""
-        lost = [
+    def _asleep(self, missing: list[int], last: int) -> list[int]:
+        """The heads that are in eval() perhaps because no module holds them any more."""
+        return [
             place
             for place in missing
-            if place in self._proven and self._heads[place].last_calls.get("eval", 0) <= last
+            if place in self._proven
+            and not self._heads[place].training
+            and self._heads[place].last_calls.get("eval", 0) <= last
         ]
-        if lost and value.requires_grad:
-            self._warn(
-                f"{self._names(lost)} is in eval() and was not called for this loss, which is "
-                "therefore the base loss alone. Was the module that it hung on replaced? Then "
-                "wrap the loss of the new one."
-            )
 
     def _may_be_unused(self, place: int, last: int) -> bool:
         """Whether the head did sample in this step, and earlier batches had a use for that."""

@@ -171,7 +171,7 @@ class Steps:
         warnings.warn(
             "the prior is learned, its parameters belong to the loss, and no optimiser holds "
             "them, so it stays at N(0, I): add list(loss.parameters()) to the optimiser.",
-            stacklevel=5,  # where the optimiser steps
+            stacklevel=6,  # where the optimiser steps
         )
 
     def _find(self, *wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:
