@@ -263,6 +263,14 @@ class TestTheHostMeansWhatItMeant:
         loss(saved["z"]).backward()
         torch.testing.assert_close(loss.terms.rate, rate(mean), rtol=1e-4, atol=0.0)
 
+    def test_a_pre_hook_of_the_user_sees_the_sample_of_the_features(self) -> None:
+        student, rows, saved = sequential(), torch.randn(6, 16), {}
+        student.register_forward_pre_hook(lambda _, args: saved.update(z=args[0]))
+        loss = wrap(square, student=student, beta=1e-3, at="features")
+        student(rows)
+        loss(saved["z"]).backward()
+        torch.testing.assert_close(loss.terms.rate, rate(rows), rtol=1e-4, atol=0.0)
+
 
 def rate(mean: Tensor, std: float = 0.1) -> Tensor:
     """Of a posterior with this mean and std, by torch.distributions."""
