@@ -247,7 +247,7 @@ class TestDINOProjectionHead:
         wrap(DINOLoss(20), student=student, teacher=teacher, beta=1e-3)
         layers = [f"layers.{i}.{name}" for i in (0, 2, 4) for name in ("weight", "bias")]
         last = ["last_layer.weight_g", "last_layer.weight_v"]
-        new = [f"layers.4.gaussian.logvar.{name}" for name in ("weight", "bias")]
+        new = [f"layers.3.gaussian.logvar.{name}" for name in ("weight", "bias")]
         for module in (student, teacher):
             assert sorted(module.state_dict()) == sorted(layers + last + new)
 
