@@ -6,7 +6,7 @@ through all functions here, so that a release of torch that drops a name is noti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -159,19 +159,3 @@ def is_compiled(module: nn.Module) -> bool:
 def joins(wrapper: nn.Module) -> bool:
     """Whether a DistributedDataParallel trains in its ``join()`` context."""
     return bool(getattr(getattr(wrapper, "_join_config", None), "enable", False))
-
-
-def on_save(module: nn.Module, hook: Callable[..., None]) -> None:
-    """Calls ``hook(module, state, prefix, metadata)`` on each state dict of the module.
-
-    ``register_state_dict_post_hook`` is public from torch 2.5 on, and replaces this.
-    """
-    module._register_state_dict_hook(hook)
-
-
-def on_load(module: nn.Module, hook: Callable[..., None]) -> None:
-    """Calls ``hook(module, state, prefix, metadata, ...)`` before a state dict is loaded.
-
-    ``register_load_state_dict_pre_hook`` is public from torch 2.5 on, and replaces this.
-    """
-    module._register_load_state_dict_pre_hook(hook, with_module=True)

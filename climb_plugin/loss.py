@@ -18,7 +18,7 @@ from climb_plugin._run.missing import Wiring
 from climb_plugin._run.nesting import Nesting
 from climb_plugin._run.sign import SignWatch
 from climb_plugin._run.steps import Steps
-from climb_plugin._torch import is_batched, on_load, on_save, plain, version, without_transforms
+from climb_plugin._torch import is_batched, plain, version, without_transforms
 from climb_plugin.attach import Attached
 from climb_plugin.collapse import CollapseWatch
 from climb_plugin.door import Door, Short
@@ -154,8 +154,8 @@ class ClimbLoss(Door):
             check_base=check_base,
         )
         self.climb.attached = _attached(heads)
-        on_save(self, _save_as_base)
-        on_load(self, _load_from_base)
+        self.register_state_dict_post_hook(_save_as_base)
+        self.register_load_state_dict_pre_hook(_load_from_base)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base loss of these arguments, passed on verbatim, plus the bottleneck.

@@ -166,18 +166,6 @@ def test_hooks() -> None:
     assert all(_torch.has_hook(layer, handle.id) for handle in handles)
 
 
-def test_states() -> None:
-    tests("on_save", "on_load")
-    layer, seen = nn.Sequential(nn.Linear(2, 2)), []
-    _torch.on_save(layer, lambda module, state, prefix, metadata: seen.append(("save", prefix)))
-    _torch.on_load(layer, lambda module, state, prefix, *_: seen.append(("load", prefix)))
-    outer = nn.ModuleDict({"inner": layer})
-    outer.load_state_dict(outer.state_dict())
-    assert seen == [("save", "inner."), ("load", "inner.")]
-    copy.deepcopy(outer).state_dict()
-    assert len(seen) == 3
-
-
 def test_versions() -> None:
     tests("version")
     one = torch.ones(3)
