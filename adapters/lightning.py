@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from climb_plugin.loss import ClimbLoss, ClimbTerms
-from climb_plugin.schedule import Ramp, Schedule
+from climb_plugin.climb import ClimbTerms
+from climb_plugin.loss import ClimbLoss
+from climb_plugin.schedule import Schedule
 
 _HOSTS = ("lightning.pytorch", "pytorch_lightning")
 # Submodules are walked as such; hyperparameters may hold a copy of the loss.
@@ -56,11 +56,12 @@ class ClimbCallback(_Callback):
     The progress bar shows ``climb_rate_step``. Where the module has several losses, each name
     ends in ``_`` and the loss's attribute path: ``climb_rate_dino_loss``.
 
-    A loss counts its optimiser steps by itself, from 0 in each new training. A warm-up or delay
-    that is a fraction is laid over ``trainer.estimated_stepping_batches``, unless the ramp has
-    ``total_steps``. With manual optimisation Lightning estimates one step per batch: give
-    ``total_steps`` if yours are fewer. While a learning rate or a batch size is sought, before
-    the training, such a ramp is at its end, and a loss that runs into infinity does not raise.
+    A loss counts its optimiser steps by itself, from 0 in each new training. A schedule that needs
+    the length of the training (a ramp with fractions and without ``total_steps``) is laid over
+    ``trainer.estimated_stepping_batches``. With manual optimisation Lightning estimates one step
+    per batch: give ``total_steps`` if yours are fewer. While a learning rate or a batch size is
+    sought, before the training, such a schedule is at its end, and a loss that runs into infinity
+    does not raise.
 
     A loss is found as a submodule, or as an attribute (or in lists, tuples and dicts that are
     one) of the LightningModule or of a submodule. The start of the training says what is in
@@ -101,14 +102,26 @@ class ClimbCallback(_Callback):
         """Lays the schedules over the training, says what is in force, begins to take notes."""
         losses = self._losses()
         self._restore(losses, pl_module)
-        for loss in losses.values():
-            loss.climb.schedule = _laid(loss.climb.schedule, trainer)
+        lengths: dict[str, int] = {}
+        for path, loss in losses.items():
+            if loss.climb.schedule.needs_length:
+                lengths[path] = self.length(trainer, loss.climb.schedule)
+                loss.climb.schedule = loss.climb.schedule.over(lengths[path])
             if trainer.global_step == 0 and loss.climb.step:  # it was trained before
                 loss.climb.set_step(0)
         self._is_waiting = False
         self._records = {path: _Record(loss) for path, loss in losses.items()}
         if trainer.is_global_zero:
-            print("\n".join(_in_force(*item) for item in losses.items()), flush=True)
+            said = (_in_force(path, loss, lengths.get(path)) for path, loss in losses.items())
+            print("\n".join(said), flush=True)
+
+    def length(self, trainer: Any, schedule: Schedule) -> int:
+        """The number of optimiser steps of the training.
+
+        Raises:
+            ValueError: If that is not known; the message names the schedule that needs it.
+        """
+        return _length(trainer, schedule)
 
     def state_dict(self) -> dict[str, Any]:
         """What the module's own state lacks: the state of losses that are no submodules."""
@@ -173,11 +186,11 @@ class ClimbCallback(_Callback):
 
     def _losses(self) -> dict[str, ClimbLoss]:
         """The losses by their paths; looked for anew, since hooks of the module may make some."""
-        losses = {} if self._module is None else dict(_find_losses(self._module))
+        losses = {} if self._module is None else dict(find_losses(self._module))
         for loss in losses.values() if self._is_waiting else ():
             loss.climb.watches = False
-            if _is_fraction(loss.climb.schedule):
-                loss.climb.schedule = _Laid(loss.climb.schedule, None)
+            if loss.climb.schedule.needs_length:
+                loss.climb.schedule = loss.climb.schedule.over(0)
         return losses
 
     def _restore(self, losses: Mapping[str, ClimbLoss], pl_module: Any) -> None:
@@ -197,16 +210,15 @@ class ClimbCallback(_Callback):
             _load(losses[path], restored[path])
 
     def _stop(self) -> None:
-        self._is_waiting = False
+        was_waiting, self._is_waiting = self._is_waiting, False
         self._restored = {}  # an evaluation loads what is not its own, too
         for record in self._records.values():
             record.remove()
         self._records = {}
         for loss in self._losses().values():
             loss.climb.watches = True
-            schedule = loss.climb.schedule
-            if isinstance(schedule, _Laid) and schedule.total_steps is None:
-                loss.climb.schedule = schedule.ramp
+            if was_waiting and loss.climb.schedule.needs_length:
+                loss.climb.schedule = loss.climb.schedule.over(None)
 
 
 def _load(loss: ClimbLoss, state: Mapping[str, Any]) -> None:
@@ -250,45 +262,14 @@ class _Record:
         return {name: total / calls for name, (total, calls) in self._sums.items()}
 
 
-@dataclass(frozen=True, repr=False)
-class _Laid:
-    """A ramp over the steps of one training; its repr, which checkpoints compare, is the ramp's.
-
-    Before the training, where a host looks for a learning rate, it has no length yet: beta is
-    what it will be in the end.
-    """
-
-    ramp: Ramp
-    total_steps: int | None
-
-    def __call__(self, step: int) -> float:
-        if self.total_steps is None:
-            return self.ramp.beta
-        return self.ramp.over(self.total_steps)(step)
-
-    def __repr__(self) -> str:
-        return repr(self.ramp)
-
-
-def _is_fraction(schedule: Schedule) -> bool:
-    return (
-        isinstance(schedule, Ramp)
-        and schedule.total_steps is None
-        and any(isinstance(duration, float) for duration in (schedule.warmup, schedule.delay))
-    )
-
-
-def _laid(schedule: Schedule, trainer: Any) -> Schedule:
-    """The schedule over the length of this training, if it depends on that."""
-    ramp = schedule.ramp if isinstance(schedule, _Laid) else schedule
-    if not isinstance(ramp, Ramp) or not _is_fraction(ramp):
-        return ramp
+def _length(trainer: Any, schedule: Schedule) -> int:
+    unknown = f"{schedule!r} has a fraction of the training, whose length is not known"
     total = trainer.estimated_stepping_batches
     # -1 is what Lightning returns for data without a length and no max_steps.
     if not math.isfinite(total) or total < 0:
         raise ValueError(
-            f"{ramp!r} has a fraction of the training, whose length is not known: set max_epochs "
-            "(with data that has a length) or max_steps, or give the ramp total_steps."
+            f"{unknown}: set max_epochs (with data that has a length) or max_steps, or give the "
+            "ramp total_steps."
         )
     for callback in trainer.callbacks:
         scheduling = getattr(callback, "scheduling", None)
@@ -296,16 +277,13 @@ def _laid(schedule: Schedule, trainer: Any) -> Schedule:
             continue
         if set(scheduling.values()) != {trainer.accumulate_grad_batches}:
             raise ValueError(
-                f"{ramp!r} has a fraction of the training, whose length is not known, because "
-                f"{type(callback).__name__} accumulates gradients over {dict(scheduling)}: give "
-                "the ramp total_steps, the number of optimiser steps."
+                f"{unknown}, because {type(callback).__name__} accumulates gradients over "
+                f"{dict(scheduling)}: give the ramp total_steps, the number of optimiser steps."
             )
-    laid = _Laid(ramp, int(total))
-    laid(0)  # raises where it does not end within the training
-    return laid
+    return int(total)
 
 
-def _find_losses(model: nn.Module) -> Iterator[tuple[str, ClimbLoss]]:
+def find_losses(model: nn.Module) -> Iterator[tuple[str, ClimbLoss]]:
     """Every loss once, with its attribute path; submodules first."""
     seen: set[int] = set()
     modules = list(model.named_modules())
@@ -331,16 +309,15 @@ def _with_items(named: list[tuple[str, Any]], seen: set[int]) -> Iterator[tuple[
             yield from _with_items([(f"{path}.{key}", item) for key, item in items], seen)
 
 
-def _in_force(path: str, loss: ClimbLoss) -> str:
+def _in_force(path: str, loss: ClimbLoss, length: int | None) -> str:
     climb = loss.climb
     if not climb.heads:
         return f"CLIMB: {path} is off, because beta is 0: the loss is the base loss."
-    schedule = climb.schedule
-    over = f" over {schedule.total_steps}" if isinstance(schedule, _Laid) else " in"
+    over = " in" if length is None else f" over {length}"
     free = f", {climb.free_nats} nats free" if climb.free_nats else ""
     widths = ", ".join(str(head.out_features) for head in climb.heads)
     return (
-        f"CLIMB: {path}: {schedule!r}{over} optimiser steps, alpha {climb.alpha}, prior "
+        f"CLIMB: {path}: {climb.schedule!r}{over} optimiser steps, alpha {climb.alpha}, prior "
         f"{climb.prior}{free}, heads {widths} wide; rates are in nats, summed over dimensions, "
         "averaged over batch and views."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,26 +12,22 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from climb_plugin import schedule as schedules
+from climb_plugin.checks import checked_number
 from climb_plugin.prior import PRIORS
-from climb_plugin.probe import PLACES
+from climb_plugin.schedule import SHAPES, Constant, Exponential, Ramp, Schedule, TargetRate
+from climb_plugin.settings import PLACES, Settings
 
-RAMPS = {
-    "linear": schedules.Linear,
-    "cosine": schedules.Cosine,
-    "exponential": schedules.Exponential,
-}
-CHOICES = {"climb_prior": [*PRIORS], "climb_at": [*PLACES], "climb_schedule": ["constant", *RAMPS]}
+CHOICES = {"climb_prior": [*PRIORS], "climb_at": [*PLACES], "climb_schedule": ["constant", *SHAPES]}
 DEFAULTS: Mapping[str, Any] = {
     "climb_beta": 0.0,
-    "climb_alpha": 0.0,
-    "climb_prior": "standard",
-    "climb_at": "projection",
+    "climb_alpha": Settings.alpha,
+    "climb_prior": Settings.prior,
+    "climb_at": Settings.at,
     "climb_warmup": 0,
     "climb_schedule": "constant",
     "climb_target_rate": None,
-    "climb_free_nats": 0.0,
-    "climb_init_std": 0.1,
+    "climb_free_nats": Settings.free_nats,
+    "climb_init_std": Settings.init_std,
 }
 """All keys there are; the documentation says what each means."""
 
@@ -77,34 +74,48 @@ def _climb_keys(node: Any, section: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _checked(keys: dict[str, Any]) -> dict[str, Any]:
-    for key in ("climb_beta", "climb_alpha", "climb_free_nats", "climb_init_std"):
-        schedules.checked_number(key, keys[key])
     for key, choices in CHOICES.items():
         if keys[key] not in choices:
             raise ValueError(f"{key} must be one of {choices}, got {keys[key]!r}.")
-    if keys["climb_init_std"] == 0:
-        raise ValueError("climb_init_std must be above 0, got 0.")
     target, free = keys["climb_target_rate"], keys["climb_free_nats"]
-    if target is not None and schedules.checked_number("climb_target_rate", target) <= free:
-        raise ValueError(f"climb_target_rate must be above climb_free_nats={free}, got {target}.")
     warmup, shape = keys["climb_warmup"], keys["climb_schedule"]
+    with _naming_the_key():
+        # A beta of 0 is fine in itself, and a schedule of it would be refused.
+        beta = checked_number("beta", keys["climb_beta"]) or 1.0
+        settings(keys, Constant(beta))
+        if target is not None and checked_number("target_rate", target) <= free:
+            raise ValueError(f"target_rate must be above climb_free_nats={free}, got {target}.")
     if (warmup == 0) != (shape == "constant") or (warmup and target is not None):
         raise ValueError(
             f"climb_warmup={warmup!r}, climb_schedule={shape!r} and climb_target_rate={target} do "
             "not fit: a ramp needs a warm-up, and a constant or an adapted beta would ignore it."
         )
-    make_schedule({**keys, "climb_beta": keys["climb_beta"] or 1.0})
+    make_schedule({**keys, "climb_beta": beta})
     return keys
 
 
-def make_schedule(keys: Mapping[str, Any]) -> schedules.Schedule:
+def settings(keys: Mapping[str, Any], schedule: Schedule) -> Settings:
+    """The options that the keys stand for."""
+    names = ("alpha", "prior", "at", "free_nats", "init_std")
+    return Settings(beta=schedule, **{name: keys[f"climb_{name}"] for name in names})
+
+
+def make_schedule(keys: Mapping[str, Any]) -> Schedule:
     """Beta over the optimiser steps; a fraction still wants the length of the training."""
-    try:
+    beta, shape = keys["climb_beta"], keys["climb_schedule"]
+    with _naming_the_key():
         if keys["climb_target_rate"] is not None:
-            return schedules.TargetRate(keys["climb_target_rate"], beta=keys["climb_beta"])
-        if keys["climb_schedule"] == "constant":
-            return schedules.Constant(keys["climb_beta"])
-        return RAMPS[keys["climb_schedule"]](keys["climb_beta"], warmup=keys["climb_warmup"])
+            return TargetRate(keys["climb_target_rate"], beta=beta)
+        if shape == "constant":
+            return Constant(beta)
+        ramp = Exponential if shape == "exponential" else Ramp
+        return ramp(beta, warmup=keys["climb_warmup"], shape=shape)
+
+
+@contextmanager
+def _naming_the_key() -> Iterator[None]:
+    try:
+        yield
     except (TypeError, ValueError) as error:  # the message begins with the argument's name
         raise type(error)(f"climb_{error}") from error
 

@@ -11,18 +11,17 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from climb_plugin.adapters.lightning import _find_losses
+from climb_plugin.adapters.lightning import find_losses
 from climb_plugin.adapters.solo_config import DEFAULTS, make_schedule, read_keys
 from climb_plugin.adapters.solo_config import register as register
 from climb_plugin.adapters.solo_resume import ResumingCallback
 from climb_plugin.attach import NAME, attach
 from climb_plugin.loss import ClimbLoss
-from climb_plugin.schedule import Ramp
+from climb_plugin.schedule import Schedule
 
 
 class SoloCallback(ResumingCallback):
@@ -66,17 +65,23 @@ class SoloCallback(ResumingCallback):
         """Goes on from the checkpoint that is resumed, over the length of its training."""
         if not self._on:
             return
-        self._naming_the_key(super().on_train_start, trainer, pl_module)
-        self._naming_the_key(_check_length, trainer, ramp := pl_module.climb.schedule)
-        total = getattr(ramp, "total_steps", None)
-        if total is not None and self._steps not in (None, total):
+        try:
+            super().on_train_start(trainer, pl_module)
+            _check_length(trainer, pl_module.climb.schedule)
+        except ValueError as error:
+            raise ValueError(f"climb_warmup={self._keys['climb_warmup']}: {error}") from error
+
+    def length(self, trainer: Any, schedule: Schedule) -> int:
+        """The optimiser steps of the training, or of that which is resumed."""
+        total = super().length(trainer, schedule)
+        if self._steps not in (None, total):
             warnings.warn(
                 f"climb_warmup={self._keys['climb_warmup']} stays a fraction of the {self._steps} "
                 f"optimiser steps of the training that is resumed, not of the {total} of this one.",
                 stacklevel=2,
             )
-            pl_module.climb.schedule = replace(ramp, total_steps=self._steps)
         self._steps = self._steps or total
+        return self._steps
 
     def state_dict(self) -> dict[str, Any]:
         """The keys in force, the length of the training, and the state of the loss."""
@@ -101,12 +106,6 @@ class SoloCallback(ResumingCallback):
     @property
     def _on(self) -> bool:
         return bool(self._keys and self._keys["climb_beta"])
-
-    def _naming_the_key(self, hook: Callable[..., None], *args: Any) -> None:
-        try:
-            hook(*args)
-        except ValueError as error:
-            raise ValueError(f"climb_warmup={self._keys['climb_warmup']}: {error}") from error
 
     def _wrap(self, module: Any, name: str, wrapper: Callable[..., Any]) -> None:
         inner, own = getattr(module, name), vars(module)  # whichever class it comes from
@@ -146,10 +145,11 @@ def _config_of(module: Any) -> Any:
     return None
 
 
-def _check_length(trainer: Any, ramp: object) -> None:
+def _check_length(trainer: Any, schedule: Schedule) -> None:
+    """Raises where a warm-up in steps is longer than the training, so that beta never arrives."""
     total = trainer.estimated_stepping_batches
-    if isinstance(ramp, Ramp) and 0 <= total < math.inf:
-        ramp.over(int(total))  # raises where beta would never arrive
+    if not schedule.needs_length and 0 <= total < math.inf:
+        schedule.over(int(total))
 
 
 def _put_in(module: Any, keys: Mapping[str, Any], *, trained: bool) -> None:
@@ -173,7 +173,7 @@ def _put_in(module: Any, keys: Mapping[str, Any], *, trained: bool) -> None:
 
 def _make_loss(module: Any, keys: Mapping[str, Any]) -> ClimbLoss:
     method = type(module).__name__
-    taken = [f"a ClimbLoss of its own, {path}" for path, _ in _find_losses(module)]
+    taken = [f"a ClimbLoss of its own, {path}" for path, _ in find_losses(module)]
     taken += ["an attribute climb of its own"] * hasattr(module, "climb")
     if taken:
         raise ValueError(f"{method} has {taken[0]}: drop the climb_* keys, or it.")
@@ -230,7 +230,7 @@ def _with_bottleneck(module: Any, inner: Callable[..., Any], *args: Any, **kwarg
     try:
         total = loss(value)
     except ValueError as error:
-        if loss.prior in ("standard", "learned"):
+        if not any(prior.compares_views for prior in loss.climb_priors):
             raise
         said = str(error).split(". ")[0]
         raise ValueError(

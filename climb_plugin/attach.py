@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from climb_plugin._run.place import Place, find_place
 from climb_plugin._torch import (
     backward_pass,
     has_hook,
@@ -20,7 +21,6 @@ from climb_plugin._torch import (
     is_replica,
 )
 from climb_plugin.head import GaussianHead
-from climb_plugin.probe import Place, find_place
 
 NAME = "gaussian"
 """Name of the submodule that holds the head's parameters."""

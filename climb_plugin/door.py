@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from climb_plugin._graph.walk import samples_behind
 from climb_plugin.head import GaussianHead
 
+_METADATA = "climb"
 _OWN = frozenset({"base", "climb", "climb_priors"})
 # Names that torch's modules have of their own (type, half, ...); a base may mean something else.
 _OF_TORCH = frozenset(name for name in dir(nn.Module) if not name.startswith("_")) - {"forward"}
@@ -48,10 +50,18 @@ class Short:
 
 
 class Door(nn.Module):
-    """A module around ``base`` that has a ``climb``; see the module's docstring."""
+    """A module around ``base`` that has a ``climb``; see the module's docstring.
+
+    The keys of its state dict are those of the base. CLIMB's own state is in the metadata.
+    """
 
     base: Callable[..., Any]
     climb: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(_save_as_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_load_from_base)  # type: ignore[no-untyped-call]
 
     def __getattribute__(self, name: str) -> Any:
         if name in _OF_TORCH:
@@ -184,6 +194,32 @@ def _base_of(criterion: Door) -> Any:
         return None
     base = own.get("_modules", {}).get("base")
     return own.get("base") if base is None else base
+
+
+def _save_as_base(
+    criterion: Door, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    for key in [key for key in state if key.startswith(prefix + "base.")]:
+        state[prefix + key[len(prefix + "base.") :]] = state.pop(key)
+    metadata[_METADATA] = criterion.climb.state()
+
+
+def _load_from_base(
+    criterion: Door, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
+) -> None:
+    own = prefix + "climb_priors."
+    if isinstance(criterion.base, nn.Module):
+        for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
+            state[prefix + "base." + key[len(prefix) :]] = state.pop(key)
+    climb, saved = criterion.climb, metadata.get(_METADATA)
+    if saved is not None:
+        climb.load_state(saved)
+    elif not climb.schedule.is_constant:
+        warnings.warn(
+            "this state dict holds no CLIMB step (a plain loss, or its metadata was dropped): "
+            f"beta goes on from step {climb.step}; set_step(n) says otherwise.",
+            stacklevel=2,
+        )
 
 
 def _clash(name: str) -> str:

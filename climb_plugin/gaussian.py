@@ -1,7 +1,12 @@
-"""The mathematics: diagonal Gaussians, in nats.
+"""Computes rates and entropies of diagonal Gaussians, in nats.
 
-Every function takes ``mean`` and ``logvar`` of shape ``(..., B, D)`` and sums over the last
-dimension. Half precision is computed and returned in float32; float64 stays float64.
+Unless a function says otherwise, all its arguments are floating-point tensors of one shape
+(..., B, D), and it returns one value for each row, of shape (..., B): the sum over the last
+dimension. Half precision is computed and returned in float32, float64 in float64.
+
+Raises:
+    TypeError: From each function, if an argument is not a floating-point tensor.
+    ValueError: From each function, if the shapes differ or have fewer than two dimensions.
 """
 
 from __future__ import annotations
@@ -30,19 +35,7 @@ class Posterior(NamedTuple):
 
 
 def reparameterize(mean: Tensor, logvar: Tensor, *, noise: Tensor) -> Tensor:
-    """One sample of N(mean, exp(logvar)) per row, differentiable in mean and logvar.
-
-    Args:
-        mean: Means, of shape (..., B, D).
-        logvar: Log-variances, of the same shape.
-        noise: Standard normal noise, of the same shape.
-
-    Returns:
-        Samples of shape (..., B, D), in float32 or float64.
-
-    Raises:
-        TypeError: If an argument is not a floating-point tensor.
-        ValueError: If the shapes differ or have fewer than two dimensions.
+    """Samples of N(mean, exp(logvar)), of shape (..., B, D), from standard normal noise.
 
     Source: Kingma and Welling, Auto-Encoding Variational Bayes, 2014, section 2.4.
 
@@ -57,17 +50,6 @@ def reparameterize(mean: Tensor, logvar: Tensor, *, noise: Tensor) -> Tensor:
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mean, exp(logvar)) || N(0, I)): 1/2 sum(mean^2 + var - 1 - log var).
 
-    Args:
-        mean: Means, of shape (..., B, D).
-        logvar: Log-variances, of the same shape.
-
-    Returns:
-        Divergences in nats, of shape (..., B).
-
-    Raises:
-        TypeError: If an argument is not a floating-point tensor.
-        ValueError: If the shapes differ or have fewer than two dimensions.
-
     Source: Kingma and Welling, Auto-Encoding Variational Bayes, 2014, appendix B.
 
     Examples:
@@ -80,19 +62,6 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
 
 def kl_between(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor) -> Tensor:
     """KL(N(mean, exp(logvar)) || N(other_mean, exp(other_logvar))).
-
-    Args:
-        mean: Means of the first Gaussian, of shape (..., B, D).
-        logvar: Its log-variances, of the same shape.
-        other_mean: Means of the second Gaussian, of the same shape.
-        other_logvar: Its log-variances, of the same shape.
-
-    Returns:
-        Divergences in nats, of shape (..., B).
-
-    Raises:
-        TypeError: If an argument is not a floating-point tensor.
-        ValueError: If the shapes differ or have fewer than two dimensions.
 
     Examples:
         >>> zeros = torch.zeros(1, 4)
@@ -107,19 +76,6 @@ def kl_between(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: T
 
 def symmetric_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor) -> Tensor:
     """The mean of both directions: 1/2 KL(p || q) + 1/2 KL(q || p).
-
-    Args:
-        mean: Means of the first Gaussian, of shape (..., B, D).
-        logvar: Its log-variances, of the same shape.
-        other_mean: Means of the second Gaussian, of the same shape.
-        other_logvar: Its log-variances, of the same shape.
-
-    Returns:
-        Divergences in nats, of shape (..., B).
-
-    Raises:
-        TypeError: If an argument is not a floating-point tensor.
-        ValueError: If the shapes differ or have fewer than two dimensions.
 
     Source: the regulariser of Federici et al., Learning Robust Representations via Multi-View
     Information Bottleneck, 2020, equation 5, here in closed form.
@@ -139,18 +95,7 @@ def symmetric_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar:
 def conditional_entropy(mean: Tensor, logvar: Tensor) -> Tensor:
     """H(z | v), the differential entropy of the posterior: 1/2 sum(1 + log 2 pi + log var).
 
-    It does not depend on the mean and is negative for small variances.
-
-    Args:
-        mean: Means, of shape (..., B, D).
-        logvar: Log-variances, of the same shape.
-
-    Returns:
-        Entropies in nats, of shape (..., B).
-
-    Raises:
-        TypeError: If an argument is not a floating-point tensor.
-        ValueError: If the shapes differ or have fewer than two dimensions.
+    The entropy does not depend on the mean, and is negative for small variances.
 
     Examples:
         >>> conditional_entropy(torch.zeros(1, 2), torch.zeros(1, 2))
@@ -163,18 +108,7 @@ def conditional_entropy(mean: Tensor, logvar: Tensor) -> Tensor:
 def entropy_bound(mean: Tensor, logvar: Tensor) -> Tensor:
     """E[-log r(z)] for r = N(0, I), an upper bound of H(z): 1/2 sum(mean^2 + var + log 2 pi).
 
-    It equals ``kl_to_standard_normal + conditional_entropy``.
-
-    Args:
-        mean: Means, of shape (..., B, D).
-        logvar: Log-variances, of the same shape.
-
-    Returns:
-        Cross-entropies in nats, of shape (..., B).
-
-    Raises:
-        TypeError: If an argument is not a floating-point tensor.
-        ValueError: If the shapes differ or have fewer than two dimensions.
+    The bound equals ``kl_to_standard_normal + conditional_entropy``.
 
     Examples:
         >>> entropy_bound(torch.zeros(1, 2), torch.zeros(1, 2))
@@ -187,14 +121,12 @@ def entropy_bound(mean: Tensor, logvar: Tensor) -> Tensor:
 def bound_logvar(raw: Tensor) -> Tensor:
     """Maps any real number smoothly into (LOGVAR_MIN, LOGVAR_MAX); slope 1 in the middle.
 
-    An arc tangent: its slope falls off as a power and is computed without cancellation, so a
-    saturated value still has a gradient (that of a tanh rounds to exactly 0 in float32).
+    The map is an arc tangent. The slope of an arc tangent falls off as a power and is computed
+    without cancellation, so a saturated value still has a gradient (the slope of a tanh rounds to
+    exactly 0 in float32).
 
     Args:
         raw: Unbounded values, of any shape.
-
-    Returns:
-        Log-variances of the same shape.
 
     Examples:
         >>> bound_logvar(torch.tensor([-1e6, -5.0, 1e6]))
@@ -223,17 +155,17 @@ def unbound_logvar(logvar: float) -> float:
     return _CENTRE + _REACH * math.tan((logvar - _CENTRE) / _REACH)
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it has that: the precision of all statistics."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def _half_sum(per_dimension: Tensor) -> Tensor:
     return per_dimension.sum(dim=-1) / 2
 
 
 def checked(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in float32 or float64, if they are float and have one shape (..., B, D).
-
-    Raises:
-        TypeError: If one is not a floating-point tensor.
-        ValueError: If the shapes differ or have fewer than two dimensions.
-    """
+    """The tensors in float32, or all in float64 if one is, if they are what this module takes."""
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected a tensor, got {type(tensor).__name__}: {tensor!r}.")

@@ -1,17 +1,13 @@
-"""The Gaussian head: an embedding in, a sample out."""
+"""Turns embeddings into samples of a Gaussian whose variance is learned."""
 
 from __future__ import annotations
 
 import functools
-import math
-import operator
-import warnings
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from climb_plugin._graph import noise
 from climb_plugin._graph.sample import draw, next_number
@@ -20,15 +16,10 @@ from climb_plugin._torch import (
     is_batched,
     is_replica,
     transforms_active,
-    without_modes,
 )
-from climb_plugin.gaussian import (
-    LOGVAR_MAX,
-    LOGVAR_MIN,
-    Posterior,
-    bound_logvar,
-    unbound_logvar,
-)
+from climb_plugin.affine import Logvar, Mean, checked_std
+from climb_plugin.checks import checked_width, warn
+from climb_plugin.gaussian import Posterior, bound_logvar, widened
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,13 +72,15 @@ class GaussianHead(nn.Module):
         self, in_features: int, out_features: int | None = None, *, init_std: float = 0.1
     ) -> None:
         super().__init__()
-        self.in_features = _width("in_features", in_features)
+        self.in_features = checked_width("in_features", in_features)
         self.out_features = (
-            self.in_features if out_features is None else _width("out_features", out_features)
+            self.in_features
+            if out_features is None
+            else checked_width("out_features", out_features)
         )
-        self.init_std = _checked_std(init_std)
-        self.mean = None if out_features is None else _Mean(self.in_features, self.out_features)
-        self.logvar = _Logvar(self.in_features, self.out_features, init_std=self.init_std)
+        self.init_std = checked_std(init_std)
+        self.mean = None if out_features is None else Mean(self.in_features, self.out_features)
+        self.logvar = Logvar(self.in_features, self.out_features, init_std=self.init_std)
         # The numbers of the last calls, by what came of them: for messages.
         self.last_calls: dict[str, int] = {}
         self._is_started = False  # Whether it has sampled, or was given other weights on purpose.
@@ -108,7 +101,7 @@ class GaussianHead(nn.Module):
             return embedding
         self._check(embedding)
         with _no_autocast(embedding):
-            return cast("Tensor", self.mean(_wide(embedding))).to(embedding.dtype)
+            return cast("Tensor", self.mean(widened(embedding))).to(embedding.dtype)
 
     def posterior(self, embedding: Tensor) -> Posterior:
         """Mean and log-variance, in float32 or float64; draws nothing.
@@ -122,7 +115,7 @@ class GaussianHead(nn.Module):
         """
         self._check(embedding)
         with _no_autocast(embedding):
-            wide = _wide(embedding)
+            wide = widened(embedding)
             mean = wide if self.mean is None else self.mean(wide)
             logvar = self.logvar(wide)
             # FSDP's mixed precision, where it is applied to a layer, casts what goes through it.
@@ -167,12 +160,11 @@ class GaussianHead(nn.Module):
             return
         self._is_started = True
         if not self.logvar.is_at_start():
-            warnings.warn(
+            warn(
                 "the log-variance of a GaussianHead does not start at init_std="
                 f"{self.init_std}: something has initialised its parameters anew, as a loop over "
                 "model.parameters() does. Call head.reset_parameters() after that loop, or wrap "
-                "the loss after it.",
-                stacklevel=7,  # where the head, or what it hangs on, is called
+                "the loss after it."
             )
 
     def _note_mean(self) -> None:
@@ -211,62 +203,6 @@ class GaussianHead(nn.Module):
         )
 
 
-# Not nn.Linear's: an initialiser or a tool that goes through all linear layers of a model means
-# those of the host. Each is a module that is called, since FSDP gathers weights in its hooks.
-
-
-class _Affine(nn.Module):
-    """weight @ x + bias, in the dtype of x, whatever the weights have."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        if hasattr(self.bias, "device_mesh") and not hasattr(embedding, "device_mesh"):
-            raise RuntimeError(
-                "the parameters of a GaussianHead are sharded while it runs, because the layer "
-                "that hosts them was sharded by itself: call fully_shard(criterion.heads[0]) "
-                "before that."
-            )
-        return F.linear(embedding, self.weight.to(embedding.dtype), self.bias.to(embedding.dtype))
-
-
-class _Mean(_Affine):
-    """Starts as torch's linear layers do."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
-
-
-class _Logvar(_Affine):
-    """Starts as the log-variance of ``init_std`` for every embedding; draws no random numbers."""
-
-    def __init__(self, in_features: int, out_features: int, *, init_std: float) -> None:
-        super().__init__(in_features, out_features)
-        self._start = unbound_logvar(2 * math.log(init_std))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.constant_(self.bias, self._start)
-
-    def is_at_start(self) -> bool:
-        """Whether the weights are those of the start; waits for the device."""
-        # Past what watches or records: a second run of checkpointed code does not ask again.
-        with torch.no_grad(), without_modes():
-            # About: other dtypes round it, and .double() keeps what float32 has rounded.
-            is_near = (self.bias - self._start).abs() < 0.05
-            return not bool(self.weight.any()) and bool(is_near.all())
-
-
 def _start(head: nn.Module, *_: object) -> None:
     if isinstance(head, GaussianHead):
         head._is_started = True
@@ -287,32 +223,6 @@ def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return call
-
-
-def _width(name: str, value: int) -> int:
-    try:
-        width = operator.index(value)  # numpy's integers are integers
-    except TypeError:
-        width = 0
-    if width < 1 or isinstance(value, bool):
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    return width
-
-
-def _checked_std(init_std: float) -> float:
-    if not (math.isfinite(init_std) and init_std > 0):
-        raise ValueError(f"init_std must be a positive number, got {init_std!r}.")
-    least, most = (math.exp(bound / 2) for bound in (LOGVAR_MIN, LOGVAR_MAX))
-    if not least < init_std < most:
-        raise ValueError(
-            f"init_std must lie strictly between {least:.2g} and {most:.3g}, the bounds of "
-            f"the learned std, got {init_std!r}."
-        )
-    return float(init_std)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

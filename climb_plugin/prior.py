@@ -1,10 +1,11 @@
-"""What the rate is measured against."""
+"""Priors measure the rate: what the posteriors of a head are compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from numbers import Integral
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,31 @@ from climb_plugin.gaussian import (
     kl_to_standard_normal,
     symmetric_kl,
     unbound_logvar,
+    widened,
 )
 
 
-class StandardPrior(nn.Module):
-    """N(0, I): the rate bounds I(z; v), what the embedding says about its view."""
+class Prior(nn.Module):
+    """Maps the posteriors of one head to rates; the base of all priors, and of yours.
+
+    A subclass defines ``forward``, and ``compares_views`` if its rate depends on several views.
+    Its parameters are trained if an optimiser has them: they are among the parameters of the
+    loss, in its state dict and in checkpoints.
+
+    Attributes:
+        compares_views: Whether the rate compares the views of an image with each other, so that
+            it does not tell how near a posterior is to a fixed prior.
+
+    Examples:
+        >>> class Wide(Prior):
+        ...     def forward(self, posteriors):
+        ...         zeros = torch.zeros_like(posteriors[0].mean)
+        ...         return per_sample([kl_between(*one, zeros, zeros + 1) for one in posteriors])
+        >>> Wide()([Posterior(torch.zeros(2, 3), torch.ones(2, 3))])
+        tensor([0., 0.])
+    """
+
+    compares_views = False
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
         """The rates in nats of the samples of all views.
@@ -29,12 +50,20 @@ class StandardPrior(nn.Module):
             posteriors: One per forward call of the head, each of shape (..., B, D).
 
         Returns:
-            One rate per sample, in a vector.
+            One rate per sample, in a vector; :func:`per_sample` makes one.
         """
+        raise NotImplementedError(f"{type(self).__name__} must define forward(self, posteriors).")
+
+
+class StandardPrior(Prior):
+    """N(0, I): the rate bounds I(z; v), what the embedding says about its view."""
+
+    def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
+        """The rates in nats of the samples of all views, in a vector."""
         return per_sample([kl_to_standard_normal(*posterior) for posterior in posteriors])
 
 
-class LearnedPrior(nn.Module):
+class LearnedPrior(Prior):
     """A diagonal Gaussian whose mean and variance are learned; N(0, I) at the start.
 
     Args:
@@ -48,8 +77,7 @@ class LearnedPrior(nn.Module):
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
         """The rates in nats of the samples of all views, in a vector."""
-        wide = torch.promote_types(self.raw_logvar.dtype, torch.float32)
-        prior_logvar = bound_logvar(self.raw_logvar.to(wide))
+        prior_logvar = bound_logvar(widened(self.raw_logvar))
         return per_sample(
             [
                 kl_between(mean, logvar, self.mean.expand_as(mean), prior_logvar.expand_as(logvar))
@@ -58,7 +86,7 @@ class LearnedPrior(nn.Module):
         )
 
 
-class ViewPrior(nn.Module):
+class ViewPrior(Prior):
     """The posterior of another view of the same image, symmetrised over all pairs of views.
 
     The rate then bounds I(z; v1 | v2), the information that the views do not share.
@@ -70,6 +98,8 @@ class ViewPrior(nn.Module):
     Raises:
         ValueError: If ``views`` is not made of positive integers.
     """
+
+    compares_views = True
 
     def __init__(self, views: int | Sequence[int] = 1) -> None:
         super().__init__()
@@ -94,77 +124,124 @@ class ViewPrior(nn.Module):
             ValueError: If there are fewer than two views, their shapes differ, or they are not
                 those that ``views`` says.
         """
-        posteriors = self._split(posteriors)
-        shapes = [tuple(posterior.mean.shape) for posterior in posteriors]
-        if len(shapes) < 2:
-            raise ValueError(
-                f"prior='view' compares the views of an image, but this loss saw one forward "
-                f"call of the head, of shape {shapes[0]}. Call the head once per view; if the "
-                "script calls its criterion once per view, wrap a function that takes all views; "
-                "if a batch holds several (torch.cat), say how many: views=2."
-            )
-        if len(set(shapes)) > 1:
-            raise ValueError(
-                "prior='view' needs the same images in the same order in every view, but the "
-                f"posteriors of this step have shapes {shapes}. Use prior='standard' or "
-                "'learned', or pass views of equal batch size, or say how many each batch holds: "
-                "views=(1, 2)."
-            )
-        return per_sample([symmetric_kl(*one, *two) for one, two in combinations(posteriors, 2)])
-
-    def _split(self, posteriors: Sequence[Posterior]) -> list[Posterior]:
-        """One posterior per view."""
-        shapes = [tuple(posterior.mean.shape) for posterior in posteriors]
-        counts = (self.views,) * len(shapes) if isinstance(self.views, int) else self.views
-        if len(counts) != len(shapes) or any(
-            shape[0] % count for shape, count in zip(shapes, counts, strict=True)
-        ):
-            raise ValueError(
-                f"views={self.views} does not divide what this loss saw: forward calls of the "
-                f"head of shapes {shapes}."
-            )
-        for shape, count in zip(shapes, counts, strict=True):
-            if count > 1 and len(shape) > 2 and shape[-2] == count:
-                raise ValueError(
-                    f"views={count} splits a batch along its first dimension, as torch.cat puts "
-                    f"views together, but the posterior has shape {shape}, as if views lay beside "
-                    "their image: call the head once per view, as in head(x[:, i])."
-                )
-        return [
-            Posterior(mean, logvar)
-            for posterior, count in zip(posteriors, counts, strict=True)
-            for mean, logvar in zip(*(part.chunk(count) for part in posterior), strict=True)
-        ]
+        views = paired_views(posteriors, self.views, name="view")
+        return per_sample([symmetric_kl(*one, *two) for one, two in combinations(views, 2)])
 
 
-PRIORS: dict[str, Callable[[int], nn.Module]] = {
-    "standard": lambda width: StandardPrior(),
-    "learned": LearnedPrior,
-    "view": lambda width: ViewPrior(),
+def paired_views(
+    posteriors: Sequence[Posterior], counts: int | Sequence[int], *, name: str
+) -> list[Posterior]:
+    """One posterior per view, if row i of each view belongs to the same image.
+
+    Args:
+        posteriors: One per forward call of the head.
+        counts: How many views each call holds, as in :class:`ViewPrior`.
+        name: The prior that wants them, for messages.
+
+    Raises:
+        ValueError: As :meth:`ViewPrior.forward`.
+    """
+    views = _split(posteriors, counts)
+    shapes = [tuple(view.mean.shape) for view in views]
+    if len(shapes) < 2:
+        raise ValueError(
+            f"prior={name!r} compares the views of an image, but this loss saw one forward "
+            f"call of the head, of shape {shapes[0]}. Call the head once per view; if the "
+            "script calls its criterion once per view, wrap a function that takes all views; "
+            "if a batch holds several (torch.cat), say how many: views=2."
+        )
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"prior={name!r} needs the same images in the same order in every view, but the "
+            f"posteriors of this step have shapes {shapes}. Use prior='standard' or "
+            "'learned', or pass views of equal batch size, or say how many each batch holds: "
+            "views=(1, 2)."
+        )
+    return views
+
+
+def _split(posteriors: Sequence[Posterior], views: int | Sequence[int]) -> list[Posterior]:
+    shapes = [tuple(posterior.mean.shape) for posterior in posteriors]
+    counts = (views,) * len(shapes) if isinstance(views, int) else views
+    if len(counts) != len(shapes) or any(
+        shape[0] % count for shape, count in zip(shapes, counts, strict=True)
+    ):
+        raise ValueError(
+            f"views={views} does not divide what this loss saw: forward calls of the head of "
+            f"shapes {shapes}."
+        )
+    for shape, count in zip(shapes, counts, strict=True):
+        if count > 1 and len(shape) > 2 and shape[-2] == count:
+            raise ValueError(
+                f"views={count} splits a batch along its first dimension, as torch.cat puts "
+                f"views together, but the posterior has shape {shape}, as if views lay beside "
+                "their image: call the head once per view, as in head(x[:, i])."
+            )
+    return [
+        Posterior(mean, logvar)
+        for posterior, count in zip(posteriors, counts, strict=True)
+        for mean, logvar in zip(*(part.chunk(count) for part in posterior), strict=True)
+    ]
+
+
+PRIORS: dict[str, Callable[..., Prior]] = {
+    "standard": lambda width, views: StandardPrior(),
+    "learned": lambda width, views: LearnedPrior(width),
+    "view": lambda width, views: ViewPrior(views),
 }
+PriorLike: TypeAlias = str | Prior | Callable[[int], Prior]
 
 
 def make_priors(
-    name: str, widths: Sequence[int], *, views: int | Sequence[int] = 1
-) -> list[nn.Module]:
-    """The prior called ``name`` for each head.
+    prior: PriorLike, widths: Sequence[int], *, views: int | Sequence[int] = 1
+) -> list[Prior]:
+    """One prior for each head.
 
     Args:
-        name: A key of ``PRIORS``.
+        prior: A key of ``PRIORS``; a Prior, where there is one head; or what makes a Prior for a
+            width.
         widths: The widths of the heads' samples.
         views: As in :class:`ViewPrior`; no other prior looks at it.
 
     Raises:
-        ValueError: If there is no such prior, or ``views`` has no effect or is out of range.
+        TypeError: If ``prior`` is none of these, or makes no Prior.
+        ValueError: If there is no prior of that name, ``views`` has no effect or is out of range,
+            or one Prior is to serve several heads.
     """
-    if name not in PRIORS:
-        raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, got {name!r}.")
-    if name == "view":
-        checked = ViewPrior(views).views
-        return [ViewPrior(checked) for _ in widths]
-    if views != 1:
-        raise ValueError(f"views={views!r} is for prior='view': prior={name!r} has no use for it.")
-    return [PRIORS[name](width) for width in widths]
+    if isinstance(prior, str) and prior not in PRIORS:
+        raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, got {prior!r}.")
+    if views != 1 and prior != "view":
+        raise ValueError(
+            f"views={views!r} is for prior='view': prior={prior_name(prior)!r} has no use for it."
+        )
+    if isinstance(prior, str):
+        ViewPrior(views)  # which checks them, also where there is no head
+        return [PRIORS[prior](width, views) for width in widths]
+    if isinstance(prior, Prior):
+        if len(widths) > 1:
+            raise ValueError(
+                f"one {type(prior).__name__} cannot serve {len(widths)} heads: pass a function "
+                "that makes one for each width, prior=lambda width: ..."
+            )
+        return [prior] * len(widths)
+    if not callable(prior):
+        raise TypeError(f"prior must be a name, a Prior or a function of a width, got {prior!r}.")
+    made = [prior(width) for width in widths]
+    for one in made:
+        if not isinstance(one, Prior):
+            raise TypeError(
+                f"prior={prior_name(prior)} must return a Prior, got {type(one).__name__}."
+            )
+    return made
+
+
+def prior_name(prior: PriorLike) -> str:
+    """What messages and checkpoints call a prior."""
+    if isinstance(prior, str):
+        return prior
+    if isinstance(prior, Prior):
+        return type(prior).__name__
+    return getattr(prior, "__qualname__", type(prior).__name__)
 
 
 def per_sample(values: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from climb_plugin.attach import checked_place, hang
 from climb_plugin.loss import ClimbLoss
-from climb_plugin.schedule import Constant, Schedule, as_schedule
+from climb_plugin.prior import PriorLike
+from climb_plugin.schedule import Schedule
+from climb_plugin.settings import Settings
 
 
 def wrap(
@@ -18,7 +20,7 @@ def wrap(
     teacher: nn.Module | None = None,
     beta: float | Schedule,
     at: str = "projection",
-    prior: str = "standard",
+    prior: PriorLike = "standard",
     views: int | Sequence[int] = 1,
     alpha: float = 0.0,
     free_nats: float = 0.0,
@@ -39,13 +41,14 @@ def wrap(
             own module that maps (B, N) to (B, D).
         teacher: The projection head of the momentum encoder, if there is one.
         beta: Weight of the bottleneck in units of the loss per nat: a number, or a schedule over
-            optimiser steps (:mod:`climb_plugin.schedule`).
-        at: ``"projection"``: at the end of the projection MLP, before an L2 normalisation or
-            prototypes in the head. ``"features"``: between backbone and projection head.
-        prior: ``"standard"``, ``"learned"`` or ``"view"``; see :class:`~climb_plugin.ClimbLoss`.
-        views: For ``prior="view"`` where the head is called on several views in one batch.
+            optimiser steps. This and the others are as in
+            :class:`~climb_plugin.settings.Settings`.
+        at: Where the Gaussian is: ``"projection"`` or ``"features"``.
+        prior: What the rate is measured to: ``"standard"``, ``"learned"``, ``"view"`` or a
+            :class:`~climb_plugin.prior.Prior`.
+        views: How many views each call of the head holds, for ``prior="view"``.
         alpha: Weight of the conditional entropy beside the rate.
-        free_nats: Nats of rate that cost nothing, per sample and head, over all dimensions.
+        free_nats: Nats of rate that cost nothing, per sample and head.
         init_std: Standard deviation at the start, in units of the embedding.
 
     Returns:
@@ -71,16 +74,22 @@ def wrap(
             "this loss is a ClimbLoss already: wrap the plain loss, once. To wrap it with other "
             "settings: wrap(unwrap(criterion), ...)."
         )
+    settings = Settings(
+        beta=beta,
+        alpha=alpha,
+        prior=prior,
+        views=views,
+        free_nats=free_nats,
+        at=at,
+        init_std=init_std,
+    )
     place = checked_place(student, teacher=teacher, at=at)
-    schedule = as_schedule(beta)
-    off = schedule == Constant(0.0)
-
-    attached = None if off else hang(place, student, teacher, init_std=init_std)
+    attached = None if settings.is_off else hang(place, student, teacher, init_std=init_std)
     try:
         return ClimbLoss(
             loss,
             heads=() if attached is None else attached,
-            beta=schedule,
+            beta=settings.beta,
             alpha=alpha,
             prior=prior,
             views=views,

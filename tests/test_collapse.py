@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from climb_plugin import ClimbLoss, GaussianHead
-from climb_plugin.collapse import BASE_CHECKS, EVERY, POSTERIOR_CHECKS, CollapseWatch
+from climb_plugin._run.collapse import BASE_CHECKS, EVERY, POSTERIOR_CHECKS, CollapseWatch
 from climb_plugin.gaussian import kl_to_standard_normal
 from climb_plugin.head import Posterior
 from climb_plugin.schedule import Linear, Schedule
@@ -67,7 +67,7 @@ class Caught:
                     value=torch.tensor(value),
                     beta=beta,
                     rates=None if view else rates,
-                    calls=calls,
+                    posteriors=calls,
                 )
             self.messages += [(self.calls, str(warning.message)) for warning in caught]
         return self
@@ -253,7 +253,7 @@ def test_no_graph_is_kept() -> None:
         for _ in range(POSTERIOR_CALLS):
             rates = [kl_to_standard_normal(mean, mean)]
             calls = [[Posterior(mean, mean)]]
-            watch.observe(base=torch.sum, value=mean.sum(), beta=1.0, rates=rates, calls=calls)
+            watch.observe(base=torch.sum, value=mean.sum(), beta=1.0, rates=rates, posteriors=calls)
     del mean, rates, calls
     gc.collect()
     assert kept() is None

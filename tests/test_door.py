@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from climb_plugin import ClimbLoss, GaussianHead, wrap
-from climb_plugin.loss import Climb
+from climb_plugin.climb import Climb
 
 SHORT = ["terms", "heads", "beta", "step", "schedule", "alpha", "prior", "free_nats", "set_step"]
 

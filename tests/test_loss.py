@@ -161,6 +161,7 @@ class TestValue:
     def test_gradient_depends_on_beta_and_is_linear_in_it(self, prior: str) -> None:
         gradients = []
         for beta in (0.0, 1.0, 2.0):
+            torch.manual_seed(0)
             loss = make(prior=prior, beta=beta, heads=GaussianHead(6))
             (head,) = loss.heads
             loss(head(rows(seed=1)), head(rows(seed=2))).backward()
@@ -408,12 +409,13 @@ class TestSchedule:
             ({"step": "3"}, "step must be an int of 0 or more, got '3'"),
             ({"alpha": None}, "has step, beta, alpha, prior, free_nats, got .*: it is damaged"),
             (None, "has step, beta, alpha, prior, free_nats, got 'half a': it is damaged"),
-            ({"target_rate": {}}, "has log_beta, before, step and rates, .*: it is damaged"),
-            ({"target_rate": "half a"}, "got 'half a': it is damaged"),
-            ({"target_rate": {"log_beta": math.nan}}, "all finite, got .*nan"),
-            ({"target_rate": {"rates": [1.0, math.inf]}}, "all finite, got .*inf"),
-            ({"target_rate": {"before": "3"}}, "all finite, got .*'3'"),
-            ({"target_rate": {"step": 1.5}}, r"all finite, got .*1\.5"),
+            ({"TargetRate": {}}, "has log_beta, before, step and rates, .*: it is damaged"),
+            ({"TargetRate": "half a"}, "got 'half a': it is damaged"),
+            ({"schedule": "half a"}, "a dict of its class and state, got 'half a'"),
+            ({"TargetRate": {"log_beta": math.nan}}, "all finite, got .*nan"),
+            ({"TargetRate": {"rates": [1.0, math.inf]}}, "all finite, got .*inf"),
+            ({"TargetRate": {"before": "3"}}, "all finite, got .*'3'"),
+            ({"TargetRate": {"step": 1.5}}, r"all finite, got .*1\.5"),
         ],
     )
     def test_a_damaged_state_is_refused_and_changes_nothing(
@@ -424,12 +426,13 @@ class TestSchedule:
         state = first.state_dict()
         saved = state._metadata[""]["climb"]  # type: ignore[attr-defined]
         for name, value in (change or {}).items():
+            place = saved["schedule"] if name == "TargetRate" else saved
             if value is None:
-                del saved[name]
+                del place[name]
             elif isinstance(value, dict) and value:
-                saved[name].update(value)
+                place[name] = {**place[name], **value}
             else:
-                saved[name] = value
+                place[name] = value
         if change is None:
             state._metadata[""]["climb"] = "half a"  # type: ignore[attr-defined]
         before = second.climb_state()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from climb_plugin import ClimbLoss, GaussianHead
-from climb_plugin.deferred import DeferredFlags
+from climb_plugin._run.deferred import DeferredFlags
 from climb_plugin.schedule import TargetRate
 
 # What makes the host wait on a device: values that are read back, shapes that depend on values.

@@ -12,10 +12,10 @@ from collections.abc import Container
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from climb_plugin._torch import without_transforms
+from climb_plugin.distributed import rank
 
 # Of this process: the state of torch's generator at the last look, as a number, how many draws
 # were made since it came to be, and how many times the count was begun anew.
@@ -52,10 +52,8 @@ def next_seed(taken: Container[Seed]) -> Seed:
     """
     global _drawn
     state = _look()
-    # Asked for at each draw: a process group may be made after the model.
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     while True:
-        seed = Seed(_run, _digest(f"{state} {rank} {_drawn}".encode()))
+        seed = Seed(_run, _digest(f"{state} {rank()} {_drawn}".encode()))
         _drawn += 1
         if seed not in taken:
             return seed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from climb_plugin._graph.sample import Sample, next_number
 from climb_plugin._graph.walk import foreign_samples_behind
 from climb_plugin._torch import transforms_active
+from climb_plugin.checks import warn
 
 if TYPE_CHECKING:
     from climb_plugin.head import GaussianHead
@@ -131,9 +131,9 @@ class Wiring:
                 + more
             )
         return (
-            "it was not called in this step. The module on which it hangs must be called before "
-            "the loss, as module(x): module.forward(x) skips it, and so does what was compiled "
-            f"before the loss was wrapped, or a layer that has replaced the one it hung on.{more}"
+            "it was not called since the loss before. The module on which it hangs must be "
+            "called before the loss, as module(x): module.forward(x) skips it, and so does what "
+            f"was compiled before the loss was wrapped, or a layer that has replaced the one it hung on.{more}"
         )
 
     def _names(self, places: list[int]) -> str:
@@ -145,8 +145,7 @@ class Wiring:
         kind = message[:16]
         if kind not in self._warned:
             self._warned.add(kind)
-            # Past this class, the loss, its door and torch's __call__, at the training step.
-            warnings.warn(f"CLIMB: {message}", stacklevel=10)
+            warn(f"CLIMB: {message}")
 
 
 def _trains(head: GaussianHead) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
+from climb_plugin._run.deferred import DeferredFlags
 from climb_plugin._torch import is_batch_of_gradients, plain, without_transforms
-from climb_plugin.deferred import DeferredFlags
+from climb_plugin.checks import warn
 
 
 class SignWatch:
@@ -33,9 +32,8 @@ class SignWatch:
         except RuntimeError:  # batched gradients (is_grads_batched) have no value to look at
             return
         if self._warned:
-            warnings.warn(
+            warn(
                 "the gradient that reaches CLIMB's terms is negative, so the training maximises "
                 "the rate: the criterion stands behind a minus sign, as a similarity that is "
-                "negated. Wrap the loss that is minimised: wrap(lambda *a: -similarity(*a), ...).",
-                stacklevel=6,  # where backward is called
+                "negated. Wrap the loss that is minimised: wrap(lambda *a: -similarity(*a), ...)."
             )

@@ -9,7 +9,6 @@ or moves copies of the parameters is not seen; then backward passes count.
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -20,6 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from climb_plugin._graph.walk import leaves_behind
 from climb_plugin._run.living import living
+from climb_plugin.checks import warn
 from climb_plugin.head import outside_compiled_code
 
 _all: WeakSet[Steps] = WeakSet()
@@ -168,10 +168,9 @@ class Steps:
         learned = [p for p in self._priors.parameters() if p.requires_grad]
         if not learned or any(id(p) in held for p in learned) or self._find(learned) is not None:
             return
-        warnings.warn(
+        warn(
             "the prior is learned, its parameters belong to the loss, and no optimiser holds "
-            "them, so it stays at N(0, I): add list(loss.parameters()) to the optimiser.",
-            stacklevel=6,  # where the optimiser steps
+            "them, so it stays at N(0, I): add list(loss.parameters()) to the optimiser."
         )
 
     def _find(self, *wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:

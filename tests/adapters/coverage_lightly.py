@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from climb_plugin import ClimbLoss, GaussianHead
+from climb_plugin._run.place import find_place
 from climb_plugin.adapters.lightly import wrap
-from climb_plugin.probe import PLACES, find_place
+from climb_plugin.settings import PLACES
 
 IMAGES, TOKENS, MASKED, FEATURES, WIDTH, PROTOTYPES = 20, 4, 3, 12, 10, 24
 STEPS = 3

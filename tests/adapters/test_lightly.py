@@ -884,7 +884,7 @@ class TestRefusals:
         criterion = wrap(first, student=student, beta=1e-3)
         with pytest.raises(
             RuntimeError,
-            match=r"depends on no sample of heads\[0\].* it was not called in this step",
+            match=r"depends on no sample of heads\[0\].* it was not called since the loep",
         ):
             criterion(rows().requires_grad_())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from climb_plugin._torch import plain, without_transforms
+
 
 class DeferredFlags:
     """Tells which entries of a vector of flags are known to have been raised.
@@ -49,4 +51,5 @@ class DeferredFlags:
 
 
 def _indices(flags: Tensor) -> list[int]:
-    return [index for index, flag in enumerate(flags.tolist()) if flag]
+    with without_transforms():
+        return [index for index, flag in enumerate(plain(flags).tolist()) if flag]

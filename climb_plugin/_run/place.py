@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from climb_plugin._run.living import living
 from climb_plugin._torch import clear_hooks, no_global_hooks
-
-PLACES = ("projection", "features")
+from climb_plugin.gaussian import widened
+from climb_plugin.settings import check_place
 
 _ROWS = 4
 # Down to where the epsilon of a LayerNorm shows, while that of an L2 normalisation does not yet.
@@ -52,13 +52,12 @@ def find_place(module: nn.Module, *, at: str) -> Place:
 
     Args:
         module: The projection head.
-        at: One of ``PLACES``.
+        at: One of :data:`climb_plugin.settings.PLACES`.
 
     Raises:
         ValueError: If the place cannot be told, or nothing can go there.
     """
-    if at not in PLACES:
-        raise ValueError(f"at must be one of {', '.join(map(repr, PLACES))}, got {at!r}.")
+    check_place(at)
     probe = _probe(module)
     if at == "features":
         return Place("", True, probe.rows.shape[-1])
@@ -114,7 +113,7 @@ def _probe(module: nn.Module) -> _Probe:
         except Exception as error:  # the module is the user's: it may raise anything
             errors.append(f"({_ROWS}, {width}): {error}")
     heads = [name for name, child in module.named_children() if _input_widths(child)]
-    hint = f", as in student=model.{heads[-1]}" if heads else ""
+    hint = f", such as {name}.{heads[-1]}" if heads else ""
     raise ValueError(
         f"{name} could not be run on a batch of features to find where its embedding is. If it is "
         f"the whole encoder, pass its projection head{hint}. Otherwise {_YOURSELF}. Tried, with "
@@ -156,11 +155,10 @@ class _Probe:
 
     def __init__(self, module: nn.Module, width: int) -> None:
         parameter = next(module.parameters())
-        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         generator = torch.Generator(device="cpu").manual_seed(0)
         rows = torch.randn(_ROWS, width, generator=generator, device="cpu")
         self._module = _copied(module, parameters=True)
-        self.rows = rows.to(parameter.device, wide)
+        self.rows = rows.to(parameter.device, widened(parameter[:0]).dtype)
         self.widths: dict[str, int] = {}
         self._unit_inputs: list[str] = []
         calls: Counter[str] = Counter()
@@ -276,10 +274,10 @@ def _copied(module: nn.Module, *, parameters: bool) -> nn.Module:
         # Others than parameters as well: weight_norm leaves results with a graph, which refuse.
         for tensor in [*part.buffers(recurse=False), *vars(part).values()]:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                memo[id(tensor)] = _wide(tensor.detach()).clone()
+                memo[id(tensor)] = _in_full_precision(tensor.detach()).clone()
     for parameter in module.parameters():
         if parameters:
-            value = _wide(parameter.detach()).clone()
+            value = _in_full_precision(parameter.detach()).clone()
             memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
         else:
             memo[id(parameter)] = parameter
@@ -289,8 +287,8 @@ def _copied(module: nn.Module, *, parameters: bool) -> nn.Module:
     return copy_of.train()
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def _in_full_precision(tensor: Tensor) -> Tensor:
+    return widened(tensor) if tensor.is_floating_point() else tensor
 
 
 def _is_batch(value: object) -> TypeGuard[Tensor]:

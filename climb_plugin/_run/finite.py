@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from climb_plugin.deferred import DeferredFlags
+from climb_plugin._run.deferred import DeferredFlags
 from climb_plugin.gaussian import Posterior
 
 

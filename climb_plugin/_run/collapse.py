@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from climb_plugin.deferred import DeferredFlags
+from climb_plugin._run.deferred import DeferredFlags
+from climb_plugin.checks import warn
 from climb_plugin.gaussian import Posterior
 from climb_plugin.monitor import nats_to_bits, normalized_std, signal_to_noise
 
@@ -48,7 +48,7 @@ class CollapseWatch:
 
     def __init__(self) -> None:
         self._calls = 0
-        self._held: Tensor | None = None
+        self._lasts: Tensor | None = None
         self._flags = DeferredFlags()
         self._warned = {"posterior": False, "base": False}
 
@@ -59,7 +59,7 @@ class CollapseWatch:
         value: Tensor,
         beta: float | Tensor,
         rates: Sequence[Tensor] | None,
-        calls: Sequence[Sequence[Posterior]],
+        posteriors: Sequence[Sequence[Posterior]],
     ) -> None:
         """Takes part in one training step; warns where a collapse is known by now.
 
@@ -69,19 +69,18 @@ class CollapseWatch:
             beta: The weight in force.
             rates: For each head the rates of its samples, to a prior that does not depend on
                 the view; None for one that does.
-            calls: For each head its posteriors, each of shape (..., B, D).
+            posteriors: For each head its posteriors, each of shape (..., B, D).
         """
         self._calls += 1
         if self._calls % EVERY or all(self._warned.values()):
             return
         # All rows count, of whatever dimensions: views may lie beside their image. The variance
         # over a single row says nothing.
-        flat = [[Posterior(*(part.flatten(0, -2) for part in view)) for view in v] for v in calls]
-        calls = [[view for view in views if len(view.mean) > 1] for views in flat]
-        if not all(calls):
+        posteriors = [[view for view in map(_rows, v) if len(view.mean) > 1] for v in posteriors]
+        if not all(posteriors):
             return
         with torch.no_grad():
-            seen = _look(base, value, beta, rates, calls)
+            seen = _look(base, value, beta, rates, posteriors)
             known = self._flags.raised(self._lasting(seen))
         if 0 in known:
             self._warn("posterior", lambda: _posterior_message(seen, beta))
@@ -92,18 +91,19 @@ class CollapseWatch:
     def _lasting(self, seen: _Seen) -> Tensor:
         """Which of the three signs have held for long enough, as a vector."""
         now = torch.stack([seen.posterior, seen.point, seen.pinned])
-        if self._held is None or self._held.device != now.device:
-            self._held = torch.zeros_like(now, dtype=torch.int64)
-        self._held = (self._held + 1) * now
+        if self._lasts is None or self._lasts.device != now.device:
+            self._lasts = torch.zeros_like(now, dtype=torch.int64)
+        self._lasts = (self._lasts + 1) * now
         checks = (POSTERIOR_CHECKS, BASE_CHECKS, BASE_CHECKS)
         # One by one: a tensor of the three would be copied to the device, which waits for it.
-        return torch.stack([held >= n for held, n in zip(self._held.unbind(), checks, strict=True)])
+        return torch.stack(
+            [held >= n for held, n in zip(self._lasts.unbind(), checks, strict=True)]
+        )
 
     def _warn(self, which: str, message: Callable[[], str]) -> None:
         if not self._warned[which]:
             self._warned[which] = True
-            # Past this class, the loss and torch's __call__, at the training step.
-            warnings.warn(f"CLIMB: {message()}", stacklevel=10)
+            warn(f"CLIMB: {message()}")
 
     def __reduce__(self) -> tuple[type[CollapseWatch], tuple[()]]:
         # A copy watches a run of its own.
@@ -139,17 +139,17 @@ def _look(
     value: Tensor,
     beta: float | Tensor,
     rates: Sequence[Tensor] | None,
-    calls: Sequence[Sequence[Posterior]],
+    posteriors: Sequence[Sequence[Posterior]],
 ) -> _Seen:
-    signal = _most(calls, lambda view: torch.log1p(signal_to_noise(*view)).sum() / 2)
-    spread = _most(calls, lambda view: normalized_std(view.mean))
+    signal = _most(posteriors, lambda view: torch.log1p(signal_to_noise(*view)).sum() / 2)
+    spread = _most(posteriors, lambda view: normalized_std(view.mean))
     collapsed, point = signal < SIGNAL_NATS, spread < POINT_STD
     rate = None
     if rates is None:
         collapsed = collapsed & ~point
     else:
         rate = torch.stack([values.mean() for values in rates])
-        widths = [views[0].mean.shape[-1] for views in calls]
+        widths = [views[0].mean.shape[-1] for views in posteriors]
         shares = torch.stack([r / d for r, d in zip(rate.unbind(), widths, strict=True)])
         collapsed = collapsed & (shares < PRIOR_NATS)
         point = point & (shares > OFF_PRIOR_NATS)
@@ -162,9 +162,17 @@ def _look(
     return _Seen(signal.min(), spread.min(), rate, value, classes, posterior, point.any(), pinned)
 
 
-def _most(calls: Sequence[Sequence[Posterior]], measure: Callable[[Posterior], Tensor]) -> Tensor:
+def _rows(view: Posterior) -> Posterior:
+    return Posterior(*(part.flatten(0, -2) for part in view))
+
+
+def _most(
+    posteriors: Sequence[Sequence[Posterior]], measure: Callable[[Posterior], Tensor]
+) -> Tensor:
     """The largest value over the views, for each head."""
-    return torch.stack([torch.stack([measure(view) for view in views]).max() for views in calls])
+    return torch.stack(
+        [torch.stack([measure(view) for view in views]).max() for views in posteriors]
+    )
 
 
 def _classes(base: Callable[..., Tensor]) -> int | None:

@@ -1,0 +1,91 @@
+"""Maps embeddings to means and log-variances: the layers of a Gaussian head.
+
+They are no ``nn.Linear``: an initialiser or a tool that goes through all linear layers of a model
+means those of the host. Each layer is a module that is called, since FSDP gathers weights in its
+hooks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from climb_plugin._torch import without_modes
+from climb_plugin.checks import is_number
+from climb_plugin.gaussian import LOGVAR_MAX, LOGVAR_MIN, unbound_logvar
+
+
+class Affine(nn.Module):
+    """weight @ x + bias, in the dtype of x, whatever dtype the weights have."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Of shape (..., B, out_features) for (..., B, in_features)."""
+        if hasattr(self.bias, "device_mesh") and not hasattr(embedding, "device_mesh"):
+            raise RuntimeError(
+                "the parameters of a GaussianHead are sharded while it runs, because the layer "
+                "that hosts them was sharded by itself: call fully_shard(criterion.heads[0]) "
+                "before that."
+            )
+        return F.linear(embedding, self.weight.to(embedding.dtype), self.bias.to(embedding.dtype))
+
+
+class Mean(Affine):
+    """A learned mean; starts as torch's linear layers do."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the parameters; draws random numbers."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+
+class Logvar(Affine):
+    """A log-variance without bounds; starts as that of ``init_std`` for every embedding."""
+
+    def __init__(self, in_features: int, out_features: int, *, init_std: float) -> None:
+        super().__init__(in_features, out_features)
+        self._start = unbound_logvar(2 * math.log(init_std))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the parameters; draws no random numbers."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self._start)
+
+    def is_at_start(self) -> bool:
+        """Whether the weights are those of the start; waits for the device."""
+        # Modes that watch or record must not see this: a second run of checkpointed code, which
+        # they compare with the first, does not ask again.
+        with torch.no_grad(), without_modes():
+            # About: other dtypes round the bias, and .double() keeps what float32 has rounded.
+            is_near = (self.bias - self._start).abs() < 0.05
+            return not bool(self.weight.any()) and bool(is_near.all())
+
+
+def checked_std(init_std: float) -> float:
+    """``init_std`` as a float, if a log-variance can start there.
+
+    Raises:
+        ValueError: If it is no number within the bounds of a learned standard deviation.
+    """
+    if not (is_number(init_std) and math.isfinite(init_std) and init_std > 0):
+        raise ValueError(f"init_std must be a positive number, got {init_std!r}.")
+    least, most = (math.exp(bound / 2) for bound in (LOGVAR_MIN, LOGVAR_MAX))
+    if not least < init_std < most:
+        raise ValueError(
+            f"init_std must lie strictly between {least:.2g} and {most:.3g}, the bounds of "
+            f"the learned std, got {init_std!r}."
+        )
+    return float(init_std)

@@ -1,0 +1,295 @@
+"""Keeps what is CLIMB's of one criterion: settings, terms, step and state."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from climb_plugin._graph import noise
+from climb_plugin._run.watch import Watch
+from climb_plugin._torch import plain, without_transforms
+from climb_plugin.checks import checked_number, checked_step
+from climb_plugin.head import GaussianHead
+from climb_plugin.prior import prior_name
+from climb_plugin.schedule import Schedule, as_schedule
+from climb_plugin.schedule.base import beta_at, show_rate
+from climb_plugin.settings import Settings, is_off
+
+if TYPE_CHECKING:
+    from climb_plugin.attach import Attached
+
+
+class ClimbTerms(NamedTuple):
+    """The terms of the last step, detached scalars.
+
+    Attributes:
+        total: What the loss returned: base + beta * (rate + alpha * entropy), where only the
+            rate above ``free_nats`` counts.
+        base: The value of the base loss, in its own unit.
+        rate: Nats, summed over dimensions, averaged over samples and views; NaN where no
+            posterior was involved (beta 0 without heads, evaluation).
+        entropy: The conditional entropy H(z | v), in nats, likewise.
+        beta: The weight that was in force; 0 where no posterior was involved.
+    """
+
+    total: Tensor
+    base: Tensor
+    rate: Tensor
+    entropy: Tensor
+    beta: Tensor
+
+
+class Climb:
+    """The bottleneck of one criterion, ``criterion.climb``.
+
+    Args:
+        heads: The heads.
+        attached: Those of them that :func:`~climb_plugin.attach.attach` hung on a module.
+        settings: The options.
+        priors: One for each head.
+        check_base: Whether the base loss must be finite.
+
+    Attributes:
+        observers: Called with the terms of every call of the loss, and whether a posterior was
+            involved; for hosts that log them. A copy has none.
+        watches: Whether terms that are not finite raise and collapses warn. A host's search for a
+            learning rate, which may run into infinity, sets it to False.
+        watch: What looks on at the training.
+    """
+
+    def __init__(
+        self,
+        *,
+        heads: tuple[GaussianHead, ...],
+        attached: Sequence[Attached],
+        settings: Settings,
+        priors: nn.ModuleList,
+        check_base: bool,
+    ) -> None:
+        self._heads = heads
+        self._attached = tuple(attached)
+        self._prior = prior_name(settings.prior)
+        self._free_nats = settings.free_nats
+        self.alpha = settings.alpha
+        self.schedule = settings.schedule
+        self.observers: list[Callable[[ClimbTerms, bool], None]] = []
+        self.watches = True
+        self.watch = Watch(heads, priors, check_base=check_base)
+        self._terms: ClimbTerms | None = None
+
+    @property
+    def heads(self) -> tuple[GaussianHead, ...]:
+        """The heads; they belong to the model."""
+        return self._heads
+
+    @property
+    def prior(self) -> str:
+        """Name of the prior."""
+        return self._prior
+
+    @property
+    def free_nats(self) -> float:
+        """Nats that cost nothing, per sample and head."""
+        return self._free_nats
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the conditional entropy; can be set.
+
+        Raises:
+            TypeError: If it is set to no number.
+            ValueError: If it is set to a number that is negative or not finite.
+        """
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self._alpha = checked_number("alpha", alpha)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Beta over the optimiser steps; can be set, to a number too.
+
+        Raises:
+            TypeError: If it is set to neither a number nor a schedule.
+            ValueError: If a number is out of range, or nothing is there to act on; if a target
+                rate lies within the free nats or belongs to another loss.
+        """
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, beta: float | Schedule) -> None:
+        schedule = as_schedule(beta)
+        if not self.heads and not is_off(schedule):
+            raise ValueError(
+                f"beta={schedule!r} has nothing to act on: heads is empty. Pass the GaussianHead "
+                "that is in the model."
+            )
+        if schedule is not self.__dict__.get("_schedule"):
+            schedule.belong_to(self, free_nats=self.free_nats * len(self.heads))
+        self._schedule = schedule
+
+    @property
+    def terms(self) -> ClimbTerms:
+        """The terms of the last call, detached.
+
+        Raises:
+            AttributeError: If the loss has not been called yet.
+        """
+        if self._terms is None:
+            raise AttributeError("there are no terms yet: call the loss first.")
+        return self._terms
+
+    @property
+    def beta(self) -> float:
+        """The weight of the bottleneck at the current step.
+
+        Raises:
+            AttributeError: If it cannot be told yet.
+        """
+        try:
+            return float(self.weight())
+        except ValueError as error:
+            raise AttributeError(str(error)) from error
+
+    def weight(self) -> float | Tensor:
+        """As :attr:`beta`, without waiting for a device."""
+        return beta_at(self.schedule, self.step)
+
+    @property
+    def step(self) -> int:
+        """The current optimiser step, which is the number of those done."""
+        return self.watch.steps.count
+
+    def set_step(self, step: int) -> None:
+        """Says where the count of optimiser steps stands; the count goes on from there.
+
+        Raises:
+            ValueError: If ``step`` is not an int of 0 or more.
+        """
+        self.watch.steps.set_to(checked_step(step))
+
+    def show(self, terms: ClimbTerms, *, is_regularised: bool) -> None:
+        """Keeps the terms of a call, and shows them to who observes."""
+        self._terms = terms
+        for observer in self.observers:
+            observer(terms, is_regularised)
+
+    def trains(self, base: Tensor, penalty: Tensor) -> None:
+        """Notes a call that will have a backward pass; the schedule sees its rate."""
+        show_rate(self.schedule, self.step, self.terms.rate)
+        self.watch.trains(base, penalty)
+
+    def remove(self) -> None:
+        """Takes the heads off the model.
+
+        Raises:
+            ValueError: If it is not known where they are.
+        """
+        if len(self._attached) < len(self.heads):
+            raise ValueError(
+                "heads of this ClimbLoss were put into the model by hand: take these out by hand "
+                "as well; the base loss is criterion.base."
+            )
+        self.watch.steps.stop()
+        for attached in self._attached:
+            attached.remove()
+
+    def state(self) -> dict[str, Any]:
+        """As :meth:`~climb_plugin.ClimbLoss.climb_state`."""
+        state: dict[str, Any] = {"step": self.step, **self.config()}
+        # The same keys in every step: sharded checkpoints load those that a state has before.
+        own = self.schedule.state()
+        if own:
+            state["schedule"] = {type(self.schedule).__name__: own}
+        state["noise"] = list(noise.position() or (0, 0))
+        return state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """As :meth:`~climb_plugin.ClimbLoss.load_climb_state`."""
+        config = self.config()
+        if not isinstance(state, Mapping) or not {"step", *config} <= state.keys():
+            raise ValueError(
+                f"the state of a ClimbLoss has step, {', '.join(config)}, got {state!r}: it is "
+                "damaged, or of something else."
+            )
+        step = checked_step(state["step"])
+        position = _checked_position(state.get("noise"))
+        own = _checked_schedules(state.get("schedule")).get(type(self.schedule).__name__)
+        if own is not None:
+            self.schedule.load_state(own)
+        for name, now in config.items():
+            if state[name] != now:
+                warnings.warn(
+                    f"CLIMB's {name} was {state[name]} when this state was saved and is {now} "
+                    "now: the run goes on with the latter.",
+                    stacklevel=3,
+                )
+        noise.restore(position)
+        self.watch.steps.restore(step)
+
+    def config(self) -> dict[str, str]:
+        """The settings, as a checkpoint compares them."""
+        return {
+            "beta": repr(self.schedule),
+            "alpha": repr(self.alpha),
+            "prior": self.prior,
+            "free_nats": repr(self.free_nats),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Who watches the original in a training of a host knows nothing of a copy.
+        return {**self.__dict__, "observers": [], "watches": True}
+
+
+def detached_terms(
+    total: Tensor,
+    base: Tensor,
+    rate: Tensor | None,
+    entropy: Tensor | None,
+    beta: float | Tensor,
+) -> ClimbTerms:
+    """The terms of a call; without posteriors rate and entropy are NaN."""
+    with without_transforms():
+        base = plain(base).detach()
+        nan = base.new_full((), math.nan)
+        return ClimbTerms(
+            # Copies: what the caller does to the value in place is not done to these.
+            plain(total).detach().clone(),
+            base.clone(),
+            nan if rate is None else plain(rate).detach(),
+            nan if entropy is None else plain(entropy).detach(),
+            beta
+            if isinstance(beta, Tensor)
+            else torch.tensor(beta, dtype=torch.float64, device="cpu"),
+        )
+
+
+def _checked_position(saved: Any) -> tuple[int, int] | None:
+    if saved is None:
+        return None
+    if not (
+        isinstance(saved, Sequence)
+        and len(saved) == 2
+        and all(isinstance(number, int) and number >= 0 for number in saved)
+    ):
+        raise ValueError(
+            f"the noise in the state of a ClimbLoss is two ints of 0 or more, got {saved!r}."
+        )
+    return (saved[0], saved[1]) if saved[1] else None
+
+
+def _checked_schedules(saved: Any) -> Mapping[str, Any]:
+    if saved is None:
+        return {}
+    if not isinstance(saved, Mapping):
+        raise ValueError(
+            "the schedule in the state of a ClimbLoss is a dict of its class and state, got "
+            f"{saved!r}."
+        )
+    return saved

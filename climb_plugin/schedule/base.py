@@ -1,0 +1,172 @@
+"""Defines what a schedule is, and takes numbers and functions as schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from climb_plugin.checks import checked_number, is_number
+from climb_plugin.distributed import mean_over_ranks
+
+
+class Schedule:
+    """Gives beta at each optimiser step; the base of all schedules, and of yours.
+
+    A subclass defines ``__call__``. Of the other methods, whose defaults do nothing, a subclass
+    defines those that it needs, and the loss and the hosts' adapters do the rest: a schedule that
+    defines ``observe`` sees the rate of every step, one that defines ``over`` is laid over the
+    training, and what ``state`` returns is in the checkpoints. Checkpoints compare the ``repr``.
+
+    Attributes:
+        is_constant: Whether beta is the same at every step.
+
+    Examples:
+        >>> class Gentle(Schedule):
+        ...     def __init__(self):
+        ...         self.beta = 1e-3
+        ...     def __call__(self, step):
+        ...         return self.beta
+        ...     def observe(self, step, rate):
+        ...         self.beta *= 1.01 if rate > 20 else 0.99
+        ...     def state(self):
+        ...         return {"beta": self.beta}
+        ...     def load_state(self, state):
+        ...         self.beta = state["beta"]
+        >>> Gentle().needs_rate, Gentle().needs_length
+        (True, False)
+    """
+
+    is_constant = False
+
+    def __call__(self, step: int) -> float | Tensor:
+        """Beta at optimiser step ``step``, counted from 0: a number or a scalar tensor."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(self, step).")
+
+    def over(self, total_steps: int | None) -> Schedule:
+        """This schedule in a training of ``total_steps`` optimiser steps.
+
+        Args:
+            total_steps: None: of unknown length, as at the start. 0: the end of every training,
+                which is what a search for a learning rate before the training should see.
+        """
+        return self
+
+    def observe(self, step: int, rate: Tensor) -> None:
+        """Takes the rate of a step into account, in nats, detached, averaged over all ranks."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the arguments, as numbers."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state` returned, or raises a ValueError and changes nothing."""
+
+    def belong_to(self, owner: object, *, free_nats: float) -> None:
+        """Learns whose rate the schedule sees, and may refuse.
+
+        Args:
+            owner: Stands for the loss.
+            free_nats: Nats of the rate that cost nothing there.
+        """
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether beta depends on the length of the training."""
+        return type(self).over is not Schedule.over
+
+    @property
+    def needs_rate(self) -> bool:
+        """Whether the schedule observes the rate; with several ranks that costs an all-reduce."""
+        return type(self).observe is not Schedule.observe
+
+    def __repr__(self) -> str:
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same beta at every step.
+
+    Args:
+        beta: Weight of the rate, in units of the base loss per nat.
+
+    Raises:
+        ValueError: If beta is negative or not finite.
+
+    Examples:
+        >>> Constant(1e-3)(step=10)
+        0.001
+    """
+
+    beta: float
+    is_constant = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", checked_beta("beta", self.beta))
+
+    def __call__(self, step: int) -> float:
+        """Beta at any step."""
+        return self.beta
+
+
+class _Function(Schedule):
+    """A plain function from a step to beta."""
+
+    def __init__(self, function: Callable[[int], float | Tensor]) -> None:
+        self._function = function
+
+    def __call__(self, step: int) -> float | Tensor:
+        return self._function(step)
+
+    def __repr__(self) -> str:
+        # Not the repr of the function: its address is another one in the next run.
+        return getattr(self._function, "__qualname__", type(self._function).__name__)
+
+
+def as_schedule(beta: float | Schedule | Callable[[int], float | Tensor]) -> Schedule:
+    """A number as a :class:`Constant`, a function of the step as a schedule, a schedule as it is.
+
+    Raises:
+        TypeError: If ``beta`` is neither a number nor callable.
+        ValueError: If a number is negative or not finite.
+    """
+    if isinstance(beta, Schedule):
+        return beta
+    return _Function(beta) if callable(beta) else Constant(beta)
+
+
+def beta_at(schedule: Schedule, step: int) -> float | Tensor:
+    """Beta of a schedule at a step, if it is one.
+
+    Raises:
+        TypeError: If the schedule returns no number.
+        ValueError: If the number is negative or not finite. (A tensor is not looked at, which
+            would wait for the device.)
+    """
+    beta = schedule(step)
+    return beta if isinstance(beta, Tensor) else checked_beta("the schedule's beta", beta)
+
+
+def show_rate(schedule: Schedule, step: int, rate: Tensor) -> None:
+    """Lets a schedule observe a rate, if it does.
+
+    The rate is averaged over the ranks, so that beta is the same on all, and at once, so that a
+    checkpoint of one rank is right for all.
+    """
+    if schedule.needs_rate:
+        schedule.observe(step, mean_over_ranks(rate.detach().float()))
+
+
+def checked_beta(name: str, value: float) -> float:
+    """``value`` as a float, if it can be a beta; messages call the value ``name``.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is negative or not finite.
+    """
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
+    return checked_number(name, value)

@@ -1,0 +1,195 @@
+"""Adapts beta to a rate that is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+
+from climb_plugin.checks import checked_number
+from climb_plugin.schedule.base import Schedule
+
+# Weight of the change of the error, and the rate in nats below which all rates count as equal.
+_DAMPING = 3.0
+_LEAST_RATE = 1e-6
+
+
+class TargetRate(Schedule):
+    """Adapts beta so that the rate arrives at a target and stays there.
+
+    Log beta is the dual variable of the constraint ``rate = nats``, so beta is positive. After
+    every optimiser step log beta moves by
+
+        speed * error + 3 * (change of the error since the last step),
+
+    where the error is the logarithm of the rate over the target (in the first part between -1 and
+    1). The second part damps: beta rests while the error shrinks by the fraction speed / 3 per
+    step, and goes back while the error shrinks faster. A training answers slowly, because mean
+    and std follow at the pace of the optimiser; without that part beta would grow all the while,
+    and the rate fall far too low. The smoothed rate arrives: single batches scatter about it,
+    and beta with them. (To smooth the rate first delays the answer, and makes both swing.)
+
+    A TargetRate belongs to one loss, whose rate it sees. Beta stays on the device. With several
+    ranks beta is the same on all.
+
+    A base loss may want fewer nats than the target: then beta goes to its lower bound. If the
+    rate swings about the target instead of settling, the training is too slow for ``speed``:
+    halve that.
+
+    Args:
+        nats: The target, per sample, summed over dimensions (and heads), averaged over samples
+            and views.
+        beta: The first beta, in units of the base loss per nat.
+        bounds: Least and greatest beta.
+        speed: Change of log beta per optimiser step at an error of 1 or more (a rate of e times
+            the target). The default suits trainings that answer within a few hundred steps.
+
+    Raises:
+        TypeError: If an argument is no number.
+        ValueError: If the target is not positive, beta is out of bounds, or speed is not
+            positive.
+
+    Source: a constraint by a Lagrange multiplier that is adapted in training, as Rezende and
+    Viola, Taming VAEs, 2018, have for the distortion. The controller is ours: a proportional
+    and integral one in its incremental form, whose bounds cannot wind it up.
+
+    Examples:
+        >>> target = TargetRate(20.0, beta=1e-3)
+        >>> for step in range(100):
+        ...     target.observe(step, torch.tensor(100.0))
+        >>> bool(target(100) > 5e-3)
+        True
+    """
+
+    def __init__(
+        self,
+        nats: float,
+        *,
+        beta: float = 1e-3,
+        bounds: tuple[float, float] = (1e-8, 1e2),
+        speed: float = 0.02,
+    ) -> None:
+        least, most = bounds
+        positive = {"nats": nats, "beta": beta, "speed": speed, "bounds": least}
+        for name, value in positive.items():
+            if checked_number(name, value) == 0:
+                raise ValueError(f"{name} must be above 0, got {value}.")
+        if not least <= beta <= checked_number("bounds", most):
+            raise ValueError(f"beta must lie within its bounds, got {beta} and {bounds}.")
+        self.nats = float(nats)
+        self.bounds = (float(least), float(most))
+        self.speed = float(speed)
+        self.start = float(beta)
+        self._owner: ReferenceType[object] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._log_beta = _float32(math.log(self.start))
+        self._before: Tensor | None = None
+        # What the calls of one step have shown (a loss per view, gradient accumulation).
+        self._step = 0
+        self._rates: list[Tensor] = []
+
+    def belong_to(self, owner: object, *, free_nats: float) -> None:
+        """Begins anew: what another loss has adapted is of no use to this one.
+
+        Raises:
+            ValueError: If the schedule belongs to another loss that is alive, or the target lies
+                within the free nats.
+        """
+        if self.nats <= free_nats:
+            raise ValueError(
+                f"a target rate of {self.nats} nats cannot be held while {free_nats} nats are "
+                "free: below these no beta has an effect. Lower free_nats or raise the target."
+            )
+        before = None if self._owner is None else self._owner()
+        if before is not None and before is not owner:
+            raise ValueError(
+                "this TargetRate belongs to another loss, whose rate it sees: it cannot hold "
+                "two. Make one for each loss, and for each run."
+            )
+        self._begin()
+        self._owner = ref(owner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a loss has a copy of this, which then is its own.
+        return {**self.__dict__, "_owner": None}
+
+    def __call__(self, step: int) -> Tensor:
+        """Beta at this step, a scalar on the device of the rates seen before."""
+        self._end_before(step)
+        return self._log_beta.exp().clamp(*self.bounds)
+
+    def observe(self, step: int, rate: Tensor) -> None:
+        """Takes a rate into account; the rates of one step are averaged, and act from the next."""
+        self._end_before(step)
+        self._step = step
+        self._rates.append(rate.detach().float())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs, as numbers."""
+        return {
+            "log_beta": float(self._log_beta),
+            "before": None if self._before is None else float(self._before),
+            "step": self._step,
+            "rates": [float(rate) for rate in self._rates],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state` returned.
+
+        Raises:
+            ValueError: If ``state`` is something else, or a number in it is not finite.
+        """
+        try:
+            step, rates, before = state["step"], list(state["rates"]), state["before"]
+            numbers = torch.tensor([step, *rates, state["log_beta"], before or 0.0])
+            whole = isinstance(step, int) and bool(torch.isfinite(numbers).all())
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            whole = False
+        if not whole:
+            raise ValueError(
+                "the state of a TargetRate has log_beta, before, step and rates, all finite, got "
+                f"{state!r}: it is damaged, or of something else."
+            )
+        self._log_beta = _float32(state["log_beta"])
+        self._before = None if before is None else _float32(before)
+        self._step = step
+        self._rates = [_float32(rate) for rate in rates]
+
+    def _end_before(self, step: int) -> None:
+        if self._rates and step != self._step:
+            last = self._rates[-1]
+            self._move(torch.stack([_beside(last, seen) for seen in self._rates]).mean())
+            self._rates = []
+
+    def _move(self, rate: Tensor) -> None:
+        before = rate if self._before is None else _beside(rate, self._before)
+        self._before = rate
+        error = self._error(rate)
+        step = self.speed * error.clamp(-1, 1) + _DAMPING * (error - self._error(before))
+        moved = _beside(rate, self._log_beta) + step
+        self._log_beta = moved.clamp(*(math.log(bound) for bound in self.bounds))
+
+    def _error(self, rate: Tensor) -> Tensor:
+        # In logarithms, as the rate falls about as a power of beta.
+        return (rate.clamp_min(_LEAST_RATE) / self.nats).log()
+
+    def __repr__(self) -> str:
+        return (
+            f"TargetRate({self.nats}, beta={self.start}, bounds={self.bounds}, speed={self.speed})"
+        )
+
+
+def _float32(value: float) -> Tensor:
+    # The default dtype is bfloat16 in a bf16-true run, and float64 in many a script.
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
+def _beside(other: Tensor, value: Tensor) -> Tensor:
+    """A scalar on the device of ``other``; filled in there, since a copy would wait for it."""
+    return value if value.device == other.device else other.new_full((), float(value))

@@ -1,0 +1,84 @@
+"""Checks the options of CLIMB, which ``wrap``, ``ClimbLoss`` and solo-learn's keys share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from climb_plugin.affine import checked_std
+from climb_plugin.checks import checked_number
+from climb_plugin.prior import PriorLike, make_priors
+from climb_plugin.schedule import Schedule, as_schedule
+
+PLACES = ("projection", "features")
+"""Where a head can act."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options.
+
+    Attributes:
+        beta: Weight of the bottleneck in units of the base loss per nat: a number, or a
+            :class:`~climb_plugin.schedule.Schedule` over optimiser steps. With 0 nothing is put
+            into the model, and the run is bit-identical to one without the plugin.
+        alpha: Weight of the conditional entropy H(z | v) beside the rate. 0: information
+            bottleneck. 1: the whole bound on the entropy H(z).
+        prior: What the rate is measured to. ``"standard"``: N(0, I). ``"learned"``: a diagonal
+            Gaussian, whose parameters belong to the loss (give them to the optimiser).
+            ``"view"``: the posteriors of the other views of the same image; the loss must see
+            the posteriors of all views, of one batch size, in one call. Or a
+            :class:`~climb_plugin.prior.Prior`, or a function that makes one for a width.
+        views: For ``prior="view"``: how many views each forward call of the head holds, one after
+            the other as ``torch.cat`` puts them; a sequence, in the order of the calls, where
+            they differ.
+        free_nats: Nats that cost nothing, per sample and head, over all dimensions: a sample
+            whose rate is below has no gradient from it.
+        at: ``"projection"``: the Gaussian is at the end of the projection MLP, before an L2
+            normalisation or prototypes in the head. ``"features"``: between backbone and
+            projection head.
+        init_std: Standard deviation at the start, in units of the embedding. A tenth of the
+            standard deviation of the embedding is a good start: about 0.1 for SimCLR and BYOL,
+            0.03 for lightly's DINO head with ``batch_norm=True``, 0.001 to 0.006 without.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is out of range, or unknown, or has no effect.
+    """
+
+    beta: float | Schedule
+    alpha: float = 0.0
+    prior: PriorLike = "standard"
+    views: int | Sequence[int] = 1
+    free_nats: float = 0.0
+    at: str = "projection"
+    init_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", as_schedule(self.beta))
+        for name in ("alpha", "free_nats"):
+            object.__setattr__(self, name, checked_number(name, getattr(self, name)))
+        object.__setattr__(self, "init_std", checked_std(self.init_std))
+        make_priors(self.prior, [], views=self.views)
+        check_place(self.at)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Beta over the optimiser steps."""
+        return as_schedule(self.beta)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether beta is 0 for good."""
+        return is_off(self.schedule)
+
+
+def is_off(schedule: Schedule) -> bool:
+    """Whether beta is 0 at every step."""
+    return schedule.is_constant and float(schedule(0)) == 0
+
+
+def check_place(at: str) -> None:
+    """Raises a ValueError if ``at`` is none of ``PLACES``."""
+    if at not in PLACES:
+        raise ValueError(f"at must be one of {', '.join(map(repr, PLACES))}, got {at!r}.")
