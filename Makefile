@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test bench demo notebooks matrix dist clean
+.PHONY: test bench demo notebooks docs matrix dist clean
 
 # Installed, not in place: the tests and mypy see what a user of the wheel sees. mypy runs in
 # tests, because in the root it would find the core there, without adapters. Adapters whose host
@@ -25,6 +25,11 @@ demo: .venv/demo
 notebooks: .venv/notebooks
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	$(BIN)/python tests/examples/notebooks.py
+
+# The API reference, of what is installed; a docstring that refers to nothing fails.
+docs: .venv/docs
+	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+	$(BIN)/python tests/reference.py build/docs
 
 # All environments of tox in pyproject.toml, or those that ENV names: make matrix ENV=oldest,core
 matrix: .venv/matrix
@@ -59,6 +64,11 @@ dist: .venv/dist
 .venv/notebooks: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet '.[notebooks]'
+	touch $@
+
+.venv/docs: pyproject.toml setup.cfg
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet '.[docs]'
 	touch $@
 
 .venv/matrix:

@@ -341,4 +341,4 @@ plt.show()
 #   `python quickstart.py --seed 1`, and so on. What our own trials showed is in the
 #   [README](../README.md).
 # - Next: `beta` may rise over the training, and other priors are there:
-#   the [README](../README.md) has all options, [LIGHTLY.md](LIGHTLY.md) every loss and head.
+#   the [guide](README.md) has all options, [LIGHTLY.md](LIGHTLY.md) every loss and head.

@@ -268,4 +268,4 @@ print(knn.stdout)
 #   what CLIMB does for your model. For that, run your config with the key and without, over several
 #   seeds, and compare the k-NN of both.
 # - The other keys (`climb_prior`, `climb_at`, `climb_warmup`, ...) and what they mean for each
-#   method are in the [README](../README.md).
+#   method are in [SOLO_LEARN.md](SOLO_LEARN.md).

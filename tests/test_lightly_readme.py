@@ -1,4 +1,4 @@
-"""The README's code runs, in one namespace from top to bottom, and does what it says."""
+"""The code of every page runs, page by page from top to bottom, and does what the page says."""
 
 from __future__ import annotations
 
@@ -15,20 +15,39 @@ from climb_plugin.adapters.lightly import wrap
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+PAGES = sorted(
+    path
+    for folder in (".", ".github", "climb_plugin", "examples", "tests/benchmarks")
+    for path in (ROOT / folder).glob("*.md")
+)
+
+
+def blocks(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"^ *```python\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def executed(page: Path) -> dict[str, Any]:
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {}
+    for block in blocks(page):
+        exec(compile(block, page.name, "exec"), namespace)
+    return namespace
 
 
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
-    torch.manual_seed(0)
-    namespace: dict[str, Any] = {}
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), namespace)
-    return namespace
+    return executed(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_code_of_a_page_runs(page: Path) -> None:
+    executed(page)
 
 
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 3
+    found = {str(page.relative_to(ROOT)): len(blocks(page)) for page in PAGES if blocks(page)}
+    assert found == {"README.md": 2, "examples/README.md": 1}
 
 
 def test_the_lightly_step_trains_the_head(names: dict[str, Any]) -> None:
@@ -54,14 +73,9 @@ def test_the_diff_is_one_line_of_a_lightly_script() -> None:
 
 
 def test_every_option_of_wrap_is_in_the_table() -> None:
+    guide = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     parameters = inspect.signature(wrap).parameters
     for name in set(parameters) - {"loss", "student", "teacher"}:
         default = parameters[name].default
         shown = "required" if default is inspect.Parameter.empty else f"`{json.dumps(default)}`"
-        assert f"| `{name}` | {shown} |" in TEXT
-
-
-def test_the_commands_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", TEXT, flags=re.MULTILINE):
-        assert f"\n{target}:" in makefile
+        assert f"| `{name}` | {shown} |" in guide

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import re
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_wheel_and_sdist(source: Path, tmp_path: Path) -> None:
     requires = metadata.get_all("Requires-Dist") or []
     core = {line.split(">")[0] for line in requires if "extra ==" not in line}
     assert core == {"torch", "numpy"}
-    extras = {"lightly", "solo", "examples", "notebooks", "study", "bench", "test"}
+    extras = {"lightly", "solo", "examples", "notebooks", "study", "bench", "docs", "test"}
     assert set(metadata.get_all("Provides-Extra") or []) == extras
     assert metadata["Requires-Python"] == ">=3.10"
 
@@ -104,3 +105,16 @@ def test_editable_install_sees_the_sources(source: Path, tmp_path: Path) -> None
         [python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert Path(found.stdout.strip()) == source / "adapters" / "__init__.py"
+
+
+def test_the_reference_has_a_page_for_each_public_module(tmp_path: Path) -> None:
+    # In a process of its own: pdoc is shown a longer __all__.
+    run(str(ROOT / "tests" / "reference.py"), str(tmp_path), cwd=tmp_path)
+    pages = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.html")}
+    public = {name for name in CORE if not any(p.startswith("_") for p in name.split("/"))}
+    adapters = {f"adapters/{name}" for name in ADAPTERS - {"__init__.py"}}
+    expected = {f"climb_plugin/{name[:-3]}.html" for name in public | adapters}
+    assert expected | {"climb_plugin.html", "climb_plugin/adapters.html"} <= pages
+    page = (tmp_path / "climb_plugin" / "schedule.html").read_text()
+    assert '<a href="#Constant">' in page  # a reference is a link
+    assert "Args:" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.S)  # and a section a list

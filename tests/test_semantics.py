@@ -1,4 +1,4 @@
-"""What the README states under 'What follows from them, and stays so'."""
+"""What examples/README.md states under 'Consequences of the rules, which stay so'."""
 
 from __future__ import annotations
 

@@ -274,6 +274,48 @@ HEADS: dict[str, HeadCase | str] = {
     "VicRegLLocalProjectionHead": HeadCase(),
 }
 
+GUIDE = """\
+## Wrapping a loss
+
+`from climb_plugin.adapters.lightly import wrap` is `climb_plugin.wrap`, with an error that names
+the missing package if lightly is not installed. `wrap` hangs a Gaussian on the projection head,
+and a frozen twin on the teacher's. Heads with an L2 normalisation or prototypes inside get the
+Gaussian before these.
+
+- Wrap before the optimiser is built, because the Gaussian has parameters: the first step of an
+  optimiser that lacks them raises. Wrap before any copy as well: an `AveragedModel` or a momentum
+  model that was copied earlier pairs its parameters with the wrong ones.
+- No layer is added. `len(head)`, `head[-1]` and the keys that were there mean what they meant,
+  and the new parameters are called `<layer>.gaussian.logvar.weight` and `.bias`.
+- `criterion.climb` holds everything that is CLIMB's, with short names (`criterion.terms`,
+  `.beta`, `.step`) unless the loss has an attribute of the name. All other attributes are the
+  loss's own: read, set and deleted through the criterion.
+- A criterion that is called once per view (BYOL, SimSiam, NNCLR) counts each view once.
+- `climb_plugin.unwrap(criterion)` takes all of CLIMB out again and returns the loss.
+
+All options, and how to choose beta: [README.md](README.md#options) beside this page.
+
+## In a LightningModule
+
+For `lightning` or `pytorch_lightning` 2.x, make the criterion an attribute of the module, and add
+`ClimbCallback()` from `climb_plugin.adapters.lightning` to the Trainer's callbacks. The callback
+logs `climb_rate`, `climb_entropy` (nats), `climb_beta` and `climb_base_loss` every epoch,
+averaged over steps and ranks, and shows `climb_rate_step` in the progress bar.
+
+A warm-up that is a fraction, as in `Linear(1e-3, warmup=0.1)`, then needs no `total_steps`: the
+callback lays the fraction over the fit, whatever a learning-rate or batch-size finder did before.
+Such a search is undone for losses in lists and dicts too. (Give `total_steps` if a
+`GradientAccumulationScheduler` changes the length, or if you step by hand less than once a
+batch.)
+
+A run that was killed goes on to the same numbers from the last whole checkpoint, under two
+conditions. Seed everything that Lightning does not save by epoch, as with
+`torch.manual_seed(self.current_epoch)` in `on_train_epoch_start` (order, augmentations and
+CLIMB's noise follow that seed), and give the DataLoader a `generator` of its own. Lightning 2.1
+writes checkpoints in place, so a kill may cut `last.ckpt` short, and torch refuses the file
+(`OSError: Invalid argument` or `PytorchStreamReader failed`): keep older ones (`save_top_k=-1`).
+"""
+
 
 def discovered_losses() -> dict[str, Any]:
     """Public losses: modules of any file of lightly.loss, and whatever a package there exports."""
@@ -601,6 +643,8 @@ def markdown(losses: list[Row], heads: list[Row]) -> str:
         "each parameter of the Gaussian gets a gradient and moves. Where one place alone makes "
         "sense, or there is no head to wrap, the note says so. The other public names, "
         f"which are no loss or no head, are listed as '{NOTHING}'.",
+        "",
+        *GUIDE.splitlines(),
         "",
         "## Losses",
         "",
