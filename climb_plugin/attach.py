@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from climb_plugin._run.place import Place, find_place
-from climb_plugin._torch import (
-    backward_pass,
-    has_hook,
-    is_compiled,
-    is_compiled_in_place,
-    is_replica,
-)
+from climb_plugin._run.refusals import check_module, check_pair, named_tensors
+from climb_plugin._torch import backward_pass, has_hook, is_replica
 from climb_plugin.head import GaussianHead
 
 NAME = "gaussian"
@@ -105,10 +99,10 @@ def checked_place(student: nn.Module, *, teacher: nn.Module | None, at: str) -> 
         TypeError: As :func:`attach`.
         ValueError: As :func:`attach`.
     """
-    _check_module("student", student)
+    check_module("student", student)
     if teacher is not None:
-        _check_module("teacher", teacher)
-        _check_pair(student, teacher)
+        check_module("teacher", teacher)
+        check_pair(student, teacher)
     return find_place(student, at=at)
 
 
@@ -269,60 +263,8 @@ def _host(module: nn.Module, place: Place) -> nn.Module:
     """
     names: list[nn.Module] = [part for _, part in module.named_modules(remove_duplicate=False)]
     leaves = [part for part in names if names.count(part) == 1 and not any(part.children())]
-    free = [part for part in leaves if not any(True for _ in _named_tensors(part))]
+    free = [part for part in leaves if not any(True for _ in named_tensors(part))]
     if free:
         return free[-1]
     own = set(module.get_submodule(place.path).modules())
     return next((part for part in reversed(leaves) if part in own), module)
-
-
-def _check_module(role: str, module: nn.Module) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{role} must be a torch module, got {type(module).__name__}.")
-    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(module, parallel) or is_compiled(module):
-        raise ValueError(
-            f"{role} is wrapped in {type(module).__name__}, which would not see the new "
-            "parameters: wrap the loss first, then the model."
-        )
-    if any(is_compiled_in_place(part) for part in module.modules()):
-        raise ValueError(
-            f"{role} was compiled in place by compile(), so what is hung on it would not run: "
-            "wrap the loss first, then compile."
-        )
-    if any(isinstance(part, GaussianHead) for part in module.modules()):
-        raise ValueError(
-            f"{role} holds a GaussianHead already, so it was wrapped before (or shares a layer "
-            "with a module that was). For a second loss on the same head: ClimbLoss(loss, "
-            "heads=first.heads, beta=...) with the criterion of the first. To wrap anew: "
-            "unwrap(first) before."
-        )
-
-
-def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
-    storages = {t.untyped_storage().data_ptr(): name for name, t in _named_tensors(student)}
-    for name, tensor in _named_tensors(teacher):
-        address = tensor.untyped_storage().data_ptr()
-        if address and address in storages:
-            raise ValueError(
-                f"student and teacher share storage ({storages[address]} and {name}), so the "
-                "teacher would move with the student: build a second projection head and "
-                "teacher.load_state_dict(student.state_dict())."
-            )
-    layouts = [
-        [(name, tuple(p.shape)) for name, p in module.named_parameters()]
-        for module in (student, teacher)
-    ]
-    if layouts[0] != layouts[1]:
-        only_student = [entry for entry in layouts[0] if entry not in layouts[1]]
-        only_teacher = [entry for entry in layouts[1] if entry not in layouts[0]]
-        raise ValueError(
-            "student and teacher must have the same parameters in the same order, because "
-            f"momentum updates pair them one to one; only the student has {only_student}, only "
-            f"the teacher has {only_teacher}. Build both with the same arguments."
-        )
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()

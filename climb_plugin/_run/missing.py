@@ -133,7 +133,8 @@ class Wiring:
         return (
             "it was not called since the loss before. The module on which it hangs must be "
             "called before the loss, as module(x): module.forward(x) skips it, and so does what "
-            f"was compiled before the loss was wrapped, or a layer that has replaced the one it hung on.{more}"
+            "was compiled before the loss was wrapped, or a layer that has replaced the one it "
+            f"hung on.{more}"
         )
 
     def _names(self, places: list[int]) -> str:

@@ -255,7 +255,7 @@ def test_a_fraction_is_laid_over_the_optimiser_steps(
     assert betas(model) == pytest.approx([min(0.1, 0.1 * step / 4) for step in steps])
     assert model.criterion.step == 12
     said = capsys.readouterr().out
-    assert said.count("CLIMB: criterion: Linear(beta=0.1, warmup=0.33") == 1
+    assert said.count("CLIMB: criterion: Ramp(beta=0.1, warmup=0.33") == 1
     assert "over 12 optimiser steps" in said
     assert "nats" in said
 
@@ -741,7 +741,8 @@ def test_a_ramp_is_as_it_was_after_a_search_alone(pl: Any, tmp_path: Path) -> No
     model = make(pl, ramp, build=in_place("dict"))
     tuner = import_module(f"{pl.__name__}.tuner").Tuner(trainer(pl, tmp_path))
     tuner.lr_find(model, num_training=5, max_lr=0.1, update_attr=False)
-    assert model.loss().climb.schedule is ramp
+    assert model.loss().climb.schedule == ramp
+    assert model.loss().climb.schedule.laid_over is None
     assert betas(model) == [0.1] * 5  # the learning rate of the loss that it will be
 
 

@@ -1,0 +1,191 @@
+"""A prior and a schedule of the user's own do all that the package's own do."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from climb_plugin import ClimbLoss, GaussianHead, wrap
+from climb_plugin.gaussian import Posterior, kl_between
+from climb_plugin.prior import LearnedPrior, Prior, per_sample
+from climb_plugin.schedule import Schedule
+
+
+class Scaled(Prior):
+    """N(0, scale^2), whose scale is learned."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.logvar = nn.Parameter(torch.ones(width))
+
+    def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
+        return per_sample(
+            [
+                kl_between(*one, torch.zeros_like(one.mean), self.logvar.expand_as(one.logvar))
+                for one in posteriors
+            ]
+        )
+
+
+class Follower(Schedule):
+    """Rises over the first half of the training, faster where the rate is high."""
+
+    def __init__(self, half: int | None = None) -> None:
+        self.factor, self.half = 1.0, half
+
+    def __call__(self, step: int) -> float:
+        return 0.1 * self.factor * (1.0 if not self.half else min(1.0, (step + 1) / self.half))
+
+    def over(self, total_steps: int | None) -> Follower:
+        return Follower(None if total_steps is None else total_steps // 2)
+
+    def observe(self, step: int, rate: Tensor) -> None:
+        self.factor *= 1.02 if float(rate) > 5 else 0.99
+
+    def state(self) -> dict[str, Any]:
+        return {"factor": self.factor}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.factor = state["factor"]
+
+
+class Run:
+    """A plain loop that can be killed at any step."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+        self.loss = wrap(
+            lambda one, two: (one - two).square().mean(),
+            student=self.net,
+            beta=Follower(half=4),
+            prior=Scaled,
+        )
+        parameters = [*self.net.parameters(), *self.loss.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=0.05)
+        self.betas: list[float] = []
+        self.rates: list[float] = []
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            self.loss(self.net(torch.randn(8, 6)), self.net(torch.randn(8, 6))).backward()
+            self.optimizer.step()
+            self.betas.append(float(self.loss.terms.beta))
+            self.rates.append(float(self.loss.terms.rate))
+
+    @property
+    def parts(self) -> list[Any]:
+        return [self.net, self.loss, self.optimizer]
+
+    def save(self) -> io.BytesIO:
+        file = io.BytesIO()
+        states = [copy.deepcopy(part.state_dict()) for part in self.parts]
+        torch.save([*states, torch.get_rng_state()], file)
+        return file
+
+    def load(self, file: io.BytesIO) -> None:
+        file.seek(0)
+        *states, random = torch.load(file, weights_only=True)
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+        torch.set_rng_state(random)
+
+
+def test_a_plain_loop_trains_and_observes_them() -> None:
+    run = Run()
+    (prior,) = run.loss.climb_priors
+    assert isinstance(prior, Scaled)
+    run.train(6)
+    assert not torch.equal(prior.logvar, torch.ones(4))
+    factor = 1.0
+    for step, (beta, rate) in enumerate(zip(run.betas, run.rates, strict=True)):
+        assert beta == pytest.approx(0.1 * factor * min(1.0, (step + 1) / 4))
+        factor *= 1.02 if rate > 5 else 0.99
+    posterior = run.net.get_submodule("1").gaussian.posterior(torch.randn(8, 4))
+    assert prior([posterior]).shape == (8,)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits() -> None:
+    whole = Run()
+    whole.train(8)
+    killed = Run()
+    killed.train(3)
+    file = killed.save()
+    resumed = Run()
+    resumed.load(file)
+    resumed.train(5)
+    assert killed.betas + resumed.betas == whole.betas
+    for one, two in zip(whole.parts[0].parameters(), resumed.parts[0].parameters(), strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(whole.loss.parameters(), resumed.loss.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_the_rate_is_that_of_the_own_prior() -> None:
+    head = GaussianHead(4)
+    loss = ClimbLoss(torch.sum, heads=head, beta=0.1, prior=Scaled(4))
+    rows = torch.randn(8, 4)
+    loss(head(rows))
+    other = torch.distributions.Normal(torch.zeros(4), torch.ones(4).div(2).exp())
+    mean, logvar = head.posterior(rows)
+    own = torch.distributions.Normal(mean, (logvar / 2).exp())
+    expected = torch.distributions.kl_divergence(own, other).sum(dim=-1).mean()
+    torch.testing.assert_close(loss.terms.rate, expected.detach())
+    assert loss.climb_state()["prior"] == "Scaled"
+
+
+def test_a_function_makes_one_prior_for_each_head() -> None:
+    heads = [GaussianHead(4), GaussianHead(3)]
+    loss = ClimbLoss(lambda *z: sum(map(torch.sum, z)), heads=heads, beta=0.1, prior=Scaled)
+    assert [prior.logvar.shape for prior in loss.climb_priors] == [(4,), (3,)]
+    loss(*(head(torch.randn(5, head.in_features)) for head in heads)).backward()
+    assert all(prior.logvar.grad is not None for prior in loss.climb_priors)
+
+
+def test_a_schedule_says_by_its_methods_what_it_needs() -> None:
+    class Bare(Schedule):
+        def __call__(self, step: int) -> float:
+            return 0.1
+
+    assert (Bare().needs_rate, Bare().needs_length) == (False, False)
+    assert (Follower().needs_rate, Follower().needs_length) == (True, True)
+    with pytest.raises(NotImplementedError, match="Schedule must define __call__"):
+        Schedule()(0)
+    with pytest.raises(NotImplementedError, match="Prior must define forward"):
+        Prior()([])
+
+
+@pytest.mark.parametrize(
+    ("prior", "error", "message"),
+    [
+        (Scaled(4), ValueError, "one Scaled cannot serve 2 heads: pass a function"),
+        (lambda width: nn.Identity(), TypeError, "must return a Prior, got Identity"),
+        (3, TypeError, "prior must be a name, a Prior or a function of a width, got 3"),
+    ],
+)
+def test_what_is_no_prior_is_refused(prior: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ClimbLoss(torch.sum, heads=[GaussianHead(4), GaussianHead(4)], beta=0.1, prior=prior)
+
+
+def test_views_are_for_the_prior_called_view() -> None:
+    with pytest.raises(ValueError, match="prior='LearnedPrior' has no use for it"):
+        ClimbLoss(torch.sum, heads=GaussianHead(4), beta=0.1, prior=LearnedPrior(4), views=2)
+
+
+def test_a_prior_that_returns_no_tensor_is_named() -> None:
+    class Wrong(Prior):
+        def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
+            return 3.0  # type: ignore[return-value]
+
+    head = GaussianHead(4)
+    loss = ClimbLoss(torch.sum, heads=head, beta=0.1, prior=Wrong())
+    with pytest.raises(TypeError, match="Wrong must return a vector with one rate per sample"):
+        loss(head(torch.randn(8, 4)))
