@@ -26,7 +26,7 @@ Make = Callable[[Iterable[nn.Parameter]], Any]
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-    gc.collect()  # no optimiser of another test is alive
+    gc.collect(1)  # hardly an optimiser of another test is alive; of all objects it takes seconds
 
 
 def square(z: Tensor) -> Tensor:
