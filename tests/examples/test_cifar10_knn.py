@@ -424,7 +424,7 @@ class TestResume:
         for name in ("whole", "killed"):
             out = tmp_path / name / "runs.jsonl"
             command = [sys.executable, str(SCRIPT), *words(data=file, out=out), *words(**TINY)]
-            command += words(method="simclr", epochs=12, regulariser="climb", beta=0.01)
+            command += words(method="simclr", epochs=6, regulariser="climb", beta=0.01)
             if name == "killed":
                 process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                 while not list(out.parent.glob(".*.pt")):
