@@ -1,17 +1,20 @@
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: test bench demo notebooks docs matrix dist clean
 
 # Installed, not in place: the tests and mypy see what a user of the wheel sees. mypy runs in
 # tests, because in the root it would find the core there, without adapters. Adapters whose host
-# is missing have no doctests; a host that CLIMB_TEST_HOSTS names must be there.
+# is missing have no doctests; a host that CLIMB_TEST_HOSTS names must be there. One thread for
+# each of the workers, which then do not wait for one another's; make test WORKERS=0: in one process.
 test: .venv/test
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p climb_plugin -p hydra_plugins.climb_plugin
-	CLIMB_TEST_HOSTS=$${CLIMB_TEST_HOSTS-lightly,onnx} $(BIN)/pytest --doctest-modules --doctest-ignore-import-errors tests --pyargs climb_plugin
+	CLIMB_TEST_HOSTS=$${CLIMB_TEST_HOSTS-lightly,onnx} OMP_NUM_THREADS=$${OMP_NUM_THREADS-1} \
+		$(BIN)/pytest -n $(WORKERS) --dist worksteal --doctest-modules --doctest-ignore-import-errors tests --pyargs climb_plugin
 
 # Ratios, measured side by side; what needs a GPU says that it did not run where there is none.
 bench: .venv/bench

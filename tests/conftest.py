@@ -7,6 +7,7 @@ CLIMB_TEST_DEVICES=cuda. A host that CLIMB_TEST_WITHOUT names must not be import
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,8 @@ HOSTS = {
 }
 
 DEVICES = ["cpu", "cuda"]
+
+sys.path.append(str(Path(__file__).parent))  # for what several tests share
 
 collect_ignore = ["benchmarks"]  # with doctests, pytest would import them
 

@@ -9,7 +9,6 @@ leaves ``result.json`` there at the end.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -25,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
+
+from by_path import load
 
 # At random moments, of each training. CLIMB_TEST_KILLS=10 pytest -s -k killed prints a long tally.
 KILLS = int(os.environ.get("CLIMB_TEST_KILLS", "3"))
@@ -179,17 +180,6 @@ def digest(value: Any) -> str:
 def die() -> None:
     """At once: nothing is flushed, no handler runs."""
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def load(script: Path) -> ModuleType:
-    """The module in that file."""
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[script.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def serve(script: Path) -> None:

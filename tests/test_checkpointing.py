@@ -181,86 +181,70 @@ def test_terms_and_gradients_are_those_of_the_plain_run(
         torch.testing.assert_close(now, then, rtol=1e-5, atol=1e-6)
 
 
-def once(net: Net, backward: Callable[[ClimbLoss, list[Tensor]], None]) -> list[Tensor]:
-    loss = make_loss(net, beta=0.3)
-    backward(loss, outputs(net, views()))
-    return gradients(net)
+def a_call_per_view(loss: ClimbLoss, outs: list[Tensor]) -> None:
+    ((loss(outs[0], outs[0]) + loss(outs[1], outs[1])) / 2).backward()
 
 
-def same(backward: Callable[[ClimbLoss, list[Tensor]], None], kind: type[Net] = Net) -> None:
-    """That ``backward`` of a loss and outputs leaves what it leaves in the plain run."""
-    expected = once(kind(plain), backward)
-    assert expected
-    torch.testing.assert_close(once(kind(not_reentrant), backward), expected, rtol=1e-5, atol=1e-6)
+def two_losses_in_one_backward(loss: ClimbLoss, outs: list[Tensor]) -> None:
+    (loss(*outs) + 2 * loss(*outs[::-1])).backward()
 
 
-def test_accumulated_gradients() -> None:
-    def train(net: Net) -> list[Tensor]:
-        loss = make_loss(net, beta=0.3)
-        for step in range(3):
-            (loss(*outputs(net, views(step))) / 3).backward()
-        return gradients(net)
-
-    torch.testing.assert_close(train(Net(not_reentrant)), train(Net()), rtol=1e-5, atol=1e-6)
+def two_losses_in_two_backwards(loss: ClimbLoss, outs: list[Tensor]) -> None:
+    totals = loss(*outs), 2 * loss(*outs[::-1])
+    totals[0].backward(retain_graph=True)
+    totals[1].backward()
 
 
-def test_two_steps_in_flight() -> None:
-    """Whose backward passes come in the order of the forward passes."""
-
-    def train(net: Net) -> list[Tensor]:
-        loss = make_loss(net, beta=0.3)
-        for total in [loss(*outputs(net, views(step))) for step in range(2)]:
-            total.backward()
-        return gradients(net)
-
-    torch.testing.assert_close(train(Net(not_reentrant)), train(Net()), rtol=1e-5, atol=1e-6)
+def backward_twice(loss: ClimbLoss, outs: list[Tensor]) -> None:
+    total = loss(*outs)
+    total.backward(retain_graph=True)
+    total.backward()
 
 
-def test_a_loss_that_is_called_once_per_view() -> None:
-    def backward(loss: ClimbLoss, outs: list[Tensor]) -> None:
-        ((loss(outs[0], outs[0]) + loss(outs[1], outs[1])) / 2).backward()
-
-    same(backward)
+def scaled_beside_another_one(loss: ClimbLoss, outs: list[Tensor]) -> None:
+    (1024 * loss(*outs) + outs[0].square().sum()).backward()
 
 
-def test_two_losses_of_the_same_views_in_one_backward() -> None:
-    same(lambda loss, outs: (loss(*outs) + 2 * loss(*outs[::-1])).backward())
+def with_a_frozen_variance(loss: ClimbLoss, outs: list[Tensor]) -> None:
+    loss(*outs).backward()
 
 
-def test_two_losses_of_the_same_views_in_two_backwards() -> None:
-    def backward(loss: ClimbLoss, outs: list[Tensor]) -> None:
-        totals = loss(*outs), 2 * loss(*outs[::-1])
-        totals[0].backward(retain_graph=True)
-        totals[1].backward()
-
-    same(backward)
-
-
-def test_backward_twice() -> None:
-    def backward(loss: ClimbLoss, outs: list[Tensor]) -> None:
-        total = loss(*outs)
-        total.backward(retain_graph=True)
-        total.backward()
-
-    same(backward)
+BACKWARDS = [
+    a_call_per_view,
+    two_losses_in_one_backward,
+    two_losses_in_two_backwards,
+    backward_twice,
+    scaled_beside_another_one,
+    with_a_frozen_variance,
+]
 
 
-def test_a_scaled_loss_beside_another_one() -> None:
-    same(lambda loss, outs: (1024 * loss(*outs) + outs[0].square().sum()).backward())
-
-
-def test_a_frozen_variance() -> None:
-    def backward(loss: ClimbLoss, outs: list[Tensor]) -> None:
-        loss(*outs).backward()
-
-    def frozen(run: Call) -> Net:
-        net = Net(run)
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_gradients_of(backward: Callable[[ClimbLoss, list[Tensor]], None]) -> None:
+    def once(net: Net) -> list[Tensor]:
         for head in net.heads:
-            head.logvar.requires_grad_(False)
-        return net
+            head.logvar.requires_grad_(backward is not with_a_frozen_variance)
+        backward(make_loss(net, beta=0.3), outputs(net, views()))
+        return gradients(net)
 
-    expected, seen = (once(frozen(run), backward) for run in (plain, not_reentrant))
-    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-6)
+    expected = once(Net())
+    assert expected
+    torch.testing.assert_close(once(Net(not_reentrant)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_accumulated_gradients(in_flight: int) -> None:
+    """Backward passes come in the order of the forward passes."""
+
+    def train(net: Net) -> list[Tensor]:
+        loss = make_loss(net, beta=0.3)
+        for first in range(0, 3, in_flight):
+            steps = range(first, min(first + in_flight, 3))
+            for total in [loss(*outputs(net, views(step))) for step in steps]:
+                (total / 3).backward()
+        return gradients(net)
+
+    torch.testing.assert_close(train(Net(not_reentrant)), train(Net()), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Net, Both])
@@ -307,14 +291,18 @@ def test_an_output_that_the_loss_does_not_take_does_not_count() -> None:
     torch.testing.assert_close(loss.terms.rate, (alone + other) / 2)
 
 
-def test_evaluation_is_the_base_loss_alone() -> None:
-    net = Net(not_reentrant)
+@pytest.mark.parametrize("run", [reentrant, not_reentrant], ids=["reentrant", "not"])
+def test_evaluation_is_the_base_loss_alone(run: Call) -> None:
+    net = Net(run)
     loss = make_loss(net)
-    with torch.no_grad():
-        outs = outputs(net.eval(), views())
-        assert torch.equal(loss(*outs), distance(*outs))
-        outs = outputs(net.train(), views())
-        assert torch.equal(loss(*outs), distance(*outs))
+    for mode in (False, True):
+        with torch.no_grad():
+            outs = outputs(net.train(mode), views())
+            assert torch.equal(loss(*outs), distance(*outs))
+    other = Net(not_reentrant)  # is trained after it as if it had not been
+    loss = make_loss(other)
+    loss(*outputs(other, views())).backward()
+    assert loss.terms.rate > 0
 
 
 def test_one_head_of_several() -> None:
@@ -426,6 +414,11 @@ def head_behind_itself(net: nn.Module, loss: ClimbLoss, run: Call) -> Tensor:
     return loss(run(net, run(net, view)), torch.ones(8, 6))
 
 
+def the_same_batch_twice_in_one_call(net: nn.Module, loss: ClimbLoss, run: Call) -> Tensor:
+    view = torch.randn(8, 6)
+    return loss(*run(net, torch.cat([view, view])).chunk(2))
+
+
 USES = [
     a_look_before_backward,
     a_call_without_checkpoint_on_the_same_batch,
@@ -436,6 +429,7 @@ USES = [
     two_backward_passes,
     the_same_batch_in_two_steps,
     head_behind_itself,
+    the_same_batch_twice_in_one_call,
 ]
 
 
@@ -460,14 +454,6 @@ def test_the_same_batch_twice_in_one_step_is_refused(backwards: int) -> None:
     assert shallow(plain, use)
     with pytest.raises(RuntimeError, match=r"checkpointed GaussianHead .* the very same batch"):
         shallow(not_reentrant, use)
-
-
-def test_the_same_batch_twice_in_one_call_is_not_ambiguous() -> None:
-    def use(net: nn.Module, loss: ClimbLoss, run: Call) -> Tensor:
-        view = torch.randn(8, 6)
-        return loss(*run(net, torch.cat([view, view])).chunk(2))
-
-    torch.testing.assert_close(shallow(not_reentrant, use), shallow(plain, use))
 
 
 def test_a_forward_that_is_not_repeatable_is_refused() -> None:
@@ -627,18 +613,6 @@ def test_a_checkpointed_teacher_passes_on_the_mean(how: str, run: Call) -> None:
     assert torch.equal(target, mean)
     total = loss(student(view), target.clone() if how == "inference_mode" else target.detach())
     total.backward()
-    assert loss.terms.rate > 0
-
-
-def test_a_validation_in_a_reentrant_checkpoint_is_the_base_loss() -> None:
-    net = Net(reentrant)
-    loss = make_loss(net)
-    with torch.no_grad():
-        outs = outputs(net.eval(), views())
-        assert torch.equal(loss(*outs), distance(*outs))
-    net = Net(not_reentrant)
-    loss = make_loss(net)
-    loss(*outputs(net, views())).backward()
     assert loss.terms.rate > 0
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import distributed_ranks as ranks
 import pytest
 import torch
 import torch.distributed.fsdp
@@ -19,23 +18,10 @@ from torch.distributions import Normal, kl_divergence
 from climb_plugin.gaussian import bound_logvar
 from climb_plugin.schedule import TargetRate
 
-WORKER = Path(__file__).with_name("distributed_ranks.py")
 WORLDS = (2, 4)
 fsdp = pytest.mark.skipif(
     not hasattr(torch.distributed.fsdp, "fully_shard"), reason="torch before 2.6 has no FSDP2"
 )
-
-
-def load_worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("distributed_ranks", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ranks = load_worker()
 
 
 class Ranks:
@@ -45,7 +31,7 @@ class Ranks:
         self.world = world
         self.folder = folder
         done = subprocess.run(
-            [sys.executable, str(WORKER), str(folder), str(world)],
+            [sys.executable, ranks.__file__, str(folder), str(world)],
             capture_output=True,
             text=True,
             timeout=300,

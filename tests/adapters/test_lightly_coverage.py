@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ import lightly.loss
 import lightly.models.modules
 import pytest
 import torch
+from by_path import load
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
@@ -23,13 +22,7 @@ RELEASE = "1.6"
 
 @pytest.fixture(scope="module")
 def coverage() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("coverage_lightly", HERE / "coverage_lightly.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load(HERE / "coverage_lightly.py")
 
 
 @pytest.fixture(scope="module")

@@ -447,14 +447,28 @@ def random_states() -> tuple[Any, ...]:
     return torch.get_rng_state().tolist(), random.getstate(), kind, list(keys), rest
 
 
+WITH_ALL_VIEWS: tuple[Script, ...] = (dino, simclr, barlowtwins, vicreg, swav, lejepa)
+
+
 @pytest.mark.parametrize("at", ["projection", "features"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_three_steps_train_every_parameter_of_the_head(script: Script, at: str) -> None:
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        *((script, {}) for script in SCRIPTS),
+        *((script, {"prior": "view", "beta": 0.1}) for script in WITH_ALL_VIEWS),
+        (one_batch, {"prior": "view", "beta": 0.1, "views": 2}),
+        (msn, {"prior": "view", "beta": 0.1, "views": (1, 2)}),
+    ],
+)
+def test_three_steps_train_every_parameter_of_the_head(
+    script: Script, options: dict[str, Any], at: str
+) -> None:
     before: dict[str, Tensor] = {}
-    for step in run(script, climb(at=at), 3):
+    for step in run(script, climb(at=at, **options), 3):
         head = gaussian(step.student)
         before = before or values(head)
         assert torch.isfinite(step.loss)
+        assert step.criterion.terms.rate > 0
         for name, parameter in head.named_parameters():
             assert parameter.grad is not None, name
             assert torch.isfinite(parameter.grad).all(), name
@@ -539,40 +553,22 @@ def test_a_learned_prior_gets_gradients_too(script: Script) -> None:
     assert all(torch.isfinite(step.loss) for step in steps)
 
 
-@pytest.mark.parametrize("at", ["projection", "features"])
-@pytest.mark.parametrize("script", [dino, simclr, barlowtwins, vicreg, swav, lejepa])
-def test_prior_view_trains_where_the_criterion_sees_all_views(script: Script, at: str) -> None:
-    before: dict[str, Tensor] = {}
-    for step in run(script, climb(prior="view", at=at, beta=0.1), 3):
-        before = before or values(gaussian(step.student))
-        assert torch.isfinite(step.loss)
-        assert step.criterion.terms.rate > 0
-    for name, value in values(gaussian(step.student)).items():
-        assert not torch.equal(value, before[name]), name
+ONE_VIEW = r"saw one forward call of the head, of shape \(8, 12\).* wrap a function that takes"
 
 
-@pytest.mark.parametrize("script", [byol, moco, simsiam, nnclr, smog])
-def test_prior_view_refuses_a_criterion_that_sees_one_view(script: Script) -> None:
-    message = r"saw one forward call of the head, of shape \(8, 12\).* wrap a function that takes"
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        *((script, ONE_VIEW) for script in (byol, moco, simsiam, nnclr, smog)),
+        (one_batch, r"of shape \(16, 12\).* say how many: views=2"),
+        (msn, r"have shapes \[\(8, 12\), \(16, 12\)\].* views=\(1, 2\)"),
+    ],
+)
+def test_prior_view_refuses_a_criterion_that_sees_one_view_or_is_not_told_of_them(
+    script: Script, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         next(run(script, climb(prior="view"), 1))
-
-
-def test_prior_view_refuses_views_in_one_batch_until_it_is_told_of_them() -> None:
-    with pytest.raises(ValueError, match=r"of shape \(16, 12\).* say how many: views=2"):
-        next(run(one_batch, climb(prior="view"), 1))
-    with pytest.raises(ValueError, match=r"have shapes \[\(8, 12\), \(16, 12\)\].* views=\(1, 2\)"):
-        next(run(msn, climb(prior="view"), 1))
-
-
-@pytest.mark.parametrize(("script", "views"), [(one_batch, 2), (msn, (1, 2))])
-def test_prior_view_trains_with_views_in_one_batch(script: Script, views: Any) -> None:
-    before: dict[str, Tensor] = {}
-    for step in run(script, climb(prior="view", views=views, beta=0.1), 3):
-        before = before or values(gaussian(step.student))
-        assert step.criterion.terms.rate > 0
-    for name, value in values(gaussian(step.student)).items():
-        assert not torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize("script", [dino, simclr])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import kills
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,20 +23,6 @@ pytest.importorskip("lightly")
 PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
 INSTALLED = [module for package, module in PACKAGES.items() if find_spec(package) is not None]
 EPOCHS, STEPS, BATCH = 6, 5, 8
-
-
-def load_kills() -> ModuleType:
-    file = Path(__file__).parents[1] / "kills.py"
-    spec = importlib.util.spec_from_file_location("kills", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-kills = load_kills()
 
 
 class Shuffled(Sampler[int]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import importlib.util
 import json
 import math
 import pickle
@@ -13,9 +12,9 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import by_path
 import lightning.pytorch as pl
 import pytest
 import solo.methods
@@ -42,17 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 METHODS = ["dino", "simclr", "byol", "mocov3"]
 
 
-def load_runs() -> ModuleType:
-    path = Path(__file__).parent / "solo_runs.py"
-    spec = importlib.util.spec_from_file_location("solo_runs", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-runs = load_runs()
+runs = by_path.load(Path(__file__).with_name("solo_runs.py"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from by_path import load
 from torch import Tensor
 
 SOURCE = Path(__file__).parents[2] / "examples" / "digits.py"
@@ -16,14 +15,7 @@ SOURCE = Path(__file__).parents[2] / "examples" / "digits.py"
 
 @pytest.fixture(scope="module")
 def digits() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("digits", SOURCE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "digits", module)  # dataclasses look it up
-        spec.loader.exec_module(module)
-    return module
+    return load(SOURCE)
 
 
 def test_the_parts_are_disjoint_and_the_same_for_every_seed(digits: ModuleType) -> None:

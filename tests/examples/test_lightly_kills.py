@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 import json
@@ -10,27 +9,14 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import kills
 import torch
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.parents[1] / "examples" / "quickstart.py"
 EPOCHS, STEPS = 3, 2  # steps of an epoch
-
-
-def load_kills() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kills", HERE.parent / "kills.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-kills = load_kills()
 
 
 def arguments(folder: Path, *more: str) -> list[str]:

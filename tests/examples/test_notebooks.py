@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import ModuleType
 import jupytext
 import nbformat
 import pytest
+from by_path import load
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
@@ -20,12 +20,7 @@ ONE_OF_THIS_MACHINE = re.compile(r"(?<![\w.])/(?:home|opt|work|tmp|root|usr|var|
 
 @pytest.fixture(scope="module")
 def notebooks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("notebooks", HERE / "notebooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(HERE / "notebooks.py")
 
 
 # What is stored.
