@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from climb_plugin.climb import ClimbTerms
 from climb_plugin.loss import ClimbLoss
 from climb_plugin.schedule import Schedule
+from climb_plugin.terms import ClimbTerms
 
 _HOSTS = ("lightning.pytorch", "pytorch_lightning")
 # Submodules are walked as such; hyperparameters may hold a copy of the loss.
@@ -106,7 +106,7 @@ class ClimbCallback(_Callback):
         for path, loss in losses.items():
             if loss.climb.schedule.needs_length:
                 lengths[path] = self.length(trainer, loss.climb.schedule)
-                loss.climb.schedule = loss.climb.schedule.over(lengths[path])
+                loss.climb.lay(lengths[path])
             if trainer.global_step == 0 and loss.climb.step:  # it was trained before
                 loss.climb.set_step(0)
         self._is_waiting = False
@@ -190,7 +190,7 @@ class ClimbCallback(_Callback):
         for loss in losses.values() if self._is_waiting else ():
             loss.climb.watches = False
             if loss.climb.schedule.needs_length:
-                loss.climb.schedule = loss.climb.schedule.over(0)
+                loss.climb.lay(0)
         return losses
 
     def _restore(self, losses: Mapping[str, ClimbLoss], pl_module: Any) -> None:
@@ -218,7 +218,7 @@ class ClimbCallback(_Callback):
         for loss in self._losses().values():
             loss.climb.watches = True
             if was_waiting and loss.climb.schedule.needs_length:
-                loss.climb.schedule = loss.climb.schedule.over(None)
+                loss.climb.lay(None)
 
 
 def _load(loss: ClimbLoss, state: Mapping[str, Any]) -> None:

@@ -2,12 +2,12 @@
 
 import torch
 
-from climb_plugin.climb import ClimbTerms
 from climb_plugin.gaussian import Posterior
 from climb_plugin.head import GaussianHead
 from climb_plugin.loss import ClimbLoss
 from climb_plugin.monitor import Measurements
 from climb_plugin.schedule import Constant, Ramp, TargetRate
+from climb_plugin.terms import ClimbTerms
 from climb_plugin.wrap import unwrap, wrap
 
 __version__ = "0.1.0"

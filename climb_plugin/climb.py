@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from climb_plugin._graph import noise
 from climb_plugin._run.watch import Watch
-from climb_plugin._torch import plain, without_transforms
 from climb_plugin.checks import checked_number, checked_step
 from climb_plugin.head import GaussianHead
 from climb_plugin.prior import prior_name
 from climb_plugin.schedule import Schedule, as_schedule
 from climb_plugin.schedule.base import beta_at, show_rate
 from climb_plugin.settings import Settings, is_off
+from climb_plugin.terms import ClimbTerms
 
 if TYPE_CHECKING:
     from climb_plugin.attach import Attached
-
-
-class ClimbTerms(NamedTuple):
-    """The terms of the last step, detached scalars.
-
-    Attributes:
-        total: What the loss returned: base + beta * (rate + alpha * entropy), where only the
-            rate above ``free_nats`` counts.
-        base: The value of the base loss, in its own unit.
-        rate: Nats, summed over dimensions, averaged over samples and views; NaN where no
-            posterior was involved (beta 0 without heads, evaluation).
-        entropy: The conditional entropy H(z | v), in nats, likewise.
-        beta: The weight that was in force; 0 where no posterior was involved.
-    """
-
-    total: Tensor
-    base: Tensor
-    rate: Tensor
-    entropy: Tensor
-    beta: Tensor
 
 
 class Climb:
@@ -133,6 +111,20 @@ class Climb:
         if schedule is not self.__dict__.get("_schedule"):
             schedule.belong_to(self, free_nats=self.free_nats * len(self.heads))
         self._schedule = schedule
+
+    def lay(self, total_steps: int | None) -> None:
+        """Lays the schedule over a training; its state goes on.
+
+        Args:
+            total_steps: As in :meth:`~climb_plugin.schedule.base.Schedule.over`.
+
+        Raises:
+            ValueError: If the schedule does not fit into the training.
+        """
+        laid = self.schedule.over(total_steps)
+        if laid is not self.schedule:
+            laid.load_state(self.schedule.state())
+            self.schedule = laid
 
     @property
     def terms(self) -> ClimbTerms:
@@ -245,29 +237,6 @@ class Climb:
     def __getstate__(self) -> dict[str, Any]:
         # Who watches the original in a training of a host knows nothing of a copy.
         return {**self.__dict__, "observers": [], "watches": True}
-
-
-def detached_terms(
-    total: Tensor,
-    base: Tensor,
-    rate: Tensor | None,
-    entropy: Tensor | None,
-    beta: float | Tensor,
-) -> ClimbTerms:
-    """The terms of a call; without posteriors rate and entropy are NaN."""
-    with without_transforms():
-        base = plain(base).detach()
-        nan = base.new_full((), math.nan)
-        return ClimbTerms(
-            # Copies: what the caller does to the value in place is not done to these.
-            plain(total).detach().clone(),
-            base.clone(),
-            nan if rate is None else plain(rate).detach(),
-            nan if entropy is None else plain(entropy).detach(),
-            beta
-            if isinstance(beta, Tensor)
-            else torch.tensor(beta, dtype=torch.float64, device="cpu"),
-        )
 
 
 def _checked_position(saved: Any) -> tuple[int, int] | None:

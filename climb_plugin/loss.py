@@ -11,15 +11,16 @@ from torch.nn import functional as F
 
 from climb_plugin._graph.sample import Sample
 from climb_plugin._graph.walk import samples_behind
-from climb_plugin._torch import is_batched, version
+from climb_plugin._torch import is_batched
 from climb_plugin.attach import Attached
-from climb_plugin.climb import Climb, detached_terms
+from climb_plugin.climb import Climb
 from climb_plugin.door import Door, Short
 from climb_plugin.gaussian import Posterior, conditional_entropy
 from climb_plugin.head import GaussianHead, outside_compiled_code
 from climb_plugin.prior import Prior, PriorLike, make_priors, per_sample
 from climb_plugin.schedule import Schedule
 from climb_plugin.settings import Settings
+from climb_plugin.terms import detached_terms
 
 Heads: TypeAlias = GaussianHead | Attached | Sequence[GaussianHead | Attached]
 
@@ -260,22 +261,8 @@ def _samples(value: Tensor, climb: Climb) -> list[list[Sample]]:
 
 def _posteriors(samples: Sequence[Sample]) -> list[Posterior]:
     """The posteriors of samples; without those of empty selections, whose mean would be NaN."""
-    posteriors = [_posterior(sample) for sample in samples]
+    posteriors = [sample.intact_posterior() for sample in samples]
     return [posterior for posterior in posteriors if posterior.mean.numel() > 0]
-
-
-def _posterior(sample: Sample) -> Posterior:
-    if sample.posterior is None:
-        raise RuntimeError(
-            "a posterior that this loss depends on is gone, because a backward pass has freed the "
-            "graph of its sample: compute the loss before, or call backward(retain_graph=True)."
-        )
-    if sample.version != version(sample.posterior.mean):
-        raise RuntimeError(
-            "an embedding was changed in place after its GaussianHead had drawn a sample of it, so "
-            "the posterior of the sample is gone: use the operation that is not in place."
-        )
-    return sample.posterior
 
 
 def _sum_of_means(vectors: Sequence[Tensor]) -> Tensor:

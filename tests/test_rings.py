@@ -87,7 +87,9 @@ def numbers(call: Call, options: dict[str, Any], *, steps: int = 3) -> list[Tens
     return [*found, *net.parameters(), *criterion.parameters(), torch.get_rng_state()]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # dynamo's own
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_the_numbers_are_the_same_without_the_outer_ring(
@@ -108,7 +110,7 @@ def test_the_stand_in_leaves_nothing_out() -> None:
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of this package that a file imports, also within functions, not for types only."""
+    """The modules of this package that a file imports, but for types."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):

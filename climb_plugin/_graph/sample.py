@@ -71,6 +71,26 @@ class Sample:
             _seeds[self.seed] = self
         _alive[self.number] = self
 
+    def intact_posterior(self) -> Posterior:
+        """The posterior that the sample was drawn from.
+
+        Raises:
+            RuntimeError: If a backward pass has freed it, or its mean was changed in place.
+        """
+        if self.posterior is None:
+            raise RuntimeError(
+                "a posterior that this loss depends on is gone, because a backward pass has freed "
+                "the graph of its sample: compute the loss before, or call "
+                "backward(retain_graph=True)."
+            )
+        if self.version != version(self.posterior.mean):
+            raise RuntimeError(
+                "an embedding was changed in place after its GaussianHead had drawn a sample of "
+                "it, so the posterior of the sample is gone: use the operation that is not in "
+                "place."
+            )
+        return self.posterior
+
     def free(self) -> None:
         """Lets go of the posterior: a loss that is kept in a list keeps the node, but not this."""
         global _freed

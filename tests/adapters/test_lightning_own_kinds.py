@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from by_path import load
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from climb_plugin import wrap
 from climb_plugin.adapters.lightning import ClimbCallback
-from tests.by_path import load
 
 kinds = load(Path(__file__).parents[1] / "test_own_kinds.py")
 PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}

@@ -1,0 +1,54 @@
+"""Holds the terms of a call of the loss, for logs."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from climb_plugin._torch import plain, without_transforms
+
+
+class ClimbTerms(NamedTuple):
+    """The terms of the last step, detached scalars.
+
+    Attributes:
+        total: What the loss returned: base + beta * (rate + alpha * entropy), where only the
+            rate above ``free_nats`` counts.
+        base: The value of the base loss, in its own unit.
+        rate: Nats, summed over dimensions, averaged over samples and views; NaN where no
+            posterior was involved (beta 0 without heads, evaluation).
+        entropy: The conditional entropy H(z | v), in nats, likewise.
+        beta: The weight that was in force; 0 where no posterior was involved.
+    """
+
+    total: Tensor
+    base: Tensor
+    rate: Tensor
+    entropy: Tensor
+    beta: Tensor
+
+
+def detached_terms(
+    total: Tensor,
+    base: Tensor,
+    rate: Tensor | None,
+    entropy: Tensor | None,
+    beta: float | Tensor,
+) -> ClimbTerms:
+    """The terms of a call; without posteriors rate and entropy are NaN."""
+    with without_transforms():
+        base = plain(base).detach()
+        nan = base.new_full((), math.nan)
+        return ClimbTerms(
+            # Copies: what the caller does to the value in place is not done to these.
+            plain(total).detach().clone(),
+            base.clone(),
+            nan if rate is None else plain(rate).detach(),
+            nan if entropy is None else plain(entropy).detach(),
+            beta
+            if isinstance(beta, Tensor)
+            else torch.tensor(beta, dtype=torch.float64, device="cpu"),
+        )
