@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from climb_plugin.adapters.find import find_losses
 from climb_plugin.loss import ClimbLoss
 from climb_plugin.schedule import Schedule
 from climb_plugin.terms import ClimbTerms
 
 _HOSTS = ("lightning.pytorch", "pytorch_lightning")
-# Submodules are walked as such; hyperparameters may hold a copy of the loss.
-_NO_ATTRIBUTES = frozenset({"_modules", "_hparams", "_hparams_initial"})
 
 
 def _callback_classes() -> tuple[type, ...]:
@@ -281,32 +280,6 @@ def _length(trainer: Any, schedule: Schedule) -> int:
                 f"{dict(scheduling)}: give the ramp total_steps, the number of optimiser steps."
             )
     return int(total)
-
-
-def find_losses(model: nn.Module) -> Iterator[tuple[str, ClimbLoss]]:
-    """Every loss once, with its attribute path; submodules first."""
-    seen: set[int] = set()
-    modules = list(model.named_modules())
-    attributes = [
-        (f"{prefix}.{name}" if prefix else name, value)
-        for prefix, module in modules
-        for name, value in vars(module).items()
-        if name not in _NO_ATTRIBUTES
-    ]
-    for path, value in (*modules, *_with_items(attributes, seen)):
-        if isinstance(value, ClimbLoss) and id(value) not in seen:
-            seen.add(id(value))
-            yield path, value
-
-
-def _with_items(named: list[tuple[str, Any]], seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Values and what is in those that are lists, tuples or dicts, at any depth."""
-    for path, value in named:
-        yield path, value
-        if isinstance(value, (list, tuple, dict)) and id(value) not in seen:
-            seen.add(id(value))
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from _with_items([(f"{path}.{key}", item) for key, item in items], seen)
 
 
 def _in_force(path: str, loss: ClimbLoss, length: int | None) -> str:

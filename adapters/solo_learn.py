@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from climb_plugin.adapters.lightning import find_losses
+from climb_plugin.adapters.find import find_losses
 from climb_plugin.adapters.solo_config import DEFAULTS, make_schedule, read_keys
 from climb_plugin.adapters.solo_config import register as register
 from climb_plugin.adapters.solo_resume import ResumingCallback

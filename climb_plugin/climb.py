@@ -50,7 +50,7 @@ class Climb:
         check_base: bool,
     ) -> None:
         self._heads = heads
-        self._attached = tuple(attached)
+        self.attached = tuple(attached)
         self._prior = prior_name(settings.prior)
         self._free_nats = settings.free_nats
         self.alpha = settings.alpha
@@ -176,21 +176,6 @@ class Climb:
         """Notes a call that will have a backward pass; the schedule sees its rate."""
         show_rate(self.schedule, self.step, self.terms.rate)
         self.watch.trains(base, penalty)
-
-    def remove(self) -> None:
-        """Takes the heads off the model.
-
-        Raises:
-            ValueError: If it is not known where they are.
-        """
-        if len(self._attached) < len(self.heads):
-            raise ValueError(
-                "heads of this ClimbLoss were put into the model by hand: take these out by hand "
-                "as well; the base loss is criterion.base."
-            )
-        self.watch.steps.stop()
-        for attached in self._attached:
-            attached.remove()
 
     def state(self) -> dict[str, Any]:
         """As :meth:`~climb_plugin.ClimbLoss.climb_state`."""

@@ -175,7 +175,7 @@ def checked(*tensors: Tensor) -> tuple[Tensor, ...]:
                 "convert with .float() before the call."
             )
     shapes = [tuple(tensor.shape) for tensor in tensors]
-    if any(shape != shapes[0] for shape in shapes):
+    if len(set(shapes)) > 1:
         raise ValueError(
             "mean and logvar must have the same shape, got "
             + ", ".join(str(shape) for shape in shapes)
@@ -183,5 +183,6 @@ def checked(*tensors: Tensor) -> tuple[Tensor, ...]:
         )
     if len(shapes[0]) < 2:
         raise ValueError(f"expected shape (..., B, D), got {shapes[0]}: add a batch dimension.")
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return tuple(tensor.to(wide) for tensor in tensors)
+    dtypes = [tensor.dtype for tensor in tensors]
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    return tuple([tensor.to(wide) for tensor in tensors])

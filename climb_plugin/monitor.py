@@ -1,7 +1,9 @@
-"""What to watch while training.
+"""Measures posteriors and embeddings, for logs.
 
-All but :func:`active_dimensions` and :func:`nats_to_bits` return tensors on the device of their
-arguments. None of them changes a random number or a gradient.
+Means, log-variances and embeddings have shape (..., B, D), and are refused as in
+:mod:`climb_plugin.gaussian`. All but :func:`active_dimensions` and :func:`nats_to_bits` return
+tensors on the device of their arguments. No function changes a random number or a gradient.
+Healthy and collapsed values: examples/README.md, 'Quantities to watch'.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from climb_plugin.gaussian import checked, kl_to_standard_normal
+from climb_plugin.gaussian import checked, kl_to_standard_normal, widened
 
 ACTIVE_NATS = 0.01
 """A dimension counts as active if its mean rate is above this many nats."""
@@ -32,16 +34,8 @@ def nats_to_bits(nats: float) -> float:
 def rate_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
     """The rate to N(0, I) of each dimension, averaged over everything else.
 
-    Args:
-        mean: Means, of shape (..., B, D).
-        logvar: Log-variances, of the same shape.
-
     Returns:
         Rates in nats, of shape (D,); their sum is the rate.
-
-    Raises:
-        TypeError: If an argument is not a floating-point tensor.
-        ValueError: If the shapes differ or have fewer than two dimensions.
 
     Examples:
         >>> rate_per_dimension(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2))
@@ -53,14 +47,9 @@ def rate_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def active_dimensions(mean: Tensor, logvar: Tensor, *, threshold: float = ACTIVE_NATS) -> int:
-    """How many dimensions carry a rate above ``threshold``; waits for the device.
+    """How many dimensions carry a rate above ``threshold`` nats; waits for the device.
 
     In a training step take :func:`measure`, or compare :func:`rate_per_dimension` yourself.
-
-    Args:
-        mean: Means, of shape (..., B, D).
-        logvar: Log-variances, of the same shape.
-        threshold: In nats per dimension.
 
     Source: the active units of Burda et al., Importance Weighted Autoencoders, 2016, with the
     rate of a dimension in place of the variance of its mean.
@@ -78,17 +67,9 @@ def signal_to_noise(mean: Tensor, logvar: Tensor) -> Tensor:
     What a sample says about its view drowns in the noise where this is well below 1. A Gaussian
     channel with this ratio carries 1/2 ln(1 + ratio) nats (Shannon, 1948).
 
-    Args:
-        mean: Means, of shape (..., B, D).
-        logvar: Log-variances, of the same shape.
-
     Returns:
         Ratios, of shape (D,): variances over B (divided by B) and exp(logvar), each averaged over
         everything else, then divided. 0 for a constant mean, also where B is 1.
-
-    Raises:
-        TypeError: If an argument is not a floating-point tensor.
-        ValueError: If the shapes differ or have fewer than two dimensions.
 
     Examples:
         >>> signal_to_noise(torch.tensor([[-3.0, 1.0], [3.0, 1.0]]), torch.zeros(2, 2))
@@ -109,16 +90,11 @@ def effective_rank(mean: Tensor) -> Tensor:
     On CUDA the singular values make the host wait (torch.linalg.svdvals does): not for every
     training step.
 
-    Args:
-        mean: Means or embeddings, of shape (..., B, D).
-
     Returns:
         A scalar from 1 to min(rows - 1, D); 0 where all rows are equal.
 
     Raises:
-        TypeError: If ``mean`` is not a floating-point tensor.
-        ValueError: If it has fewer than two dimensions.
-        torch.linalg.LinAlgError: If it is not finite.
+        torch.linalg.LinAlgError: If ``mean`` is not finite.
 
     Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO
     2007; that the rows are centred, and the 0, are choices of this package.
@@ -148,15 +124,8 @@ def normalized_std(embedding: Tensor) -> Tensor:
     The standard deviation over the batch of each dimension of the L2-normalised embedding,
     averaged over dimensions, times sqrt(D).
 
-    Args:
-        embedding: Embeddings or means, of shape (..., B, D).
-
     Returns:
         A scalar from 0 to 1, averaged over leading dimensions; 0 where B is 1.
-
-    Raises:
-        TypeError: If ``embedding`` is not a floating-point tensor.
-        ValueError: If it has fewer than two dimensions.
 
     Source: Chen and He, Exploring Simple Siamese Representation Learning, 2021, figure 2. The
     variance is divided by B here, not B - 1, so that 1 is the most it can be.
@@ -211,21 +180,25 @@ def teacher_entropy(
         )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = widened(logits)
     if center is not None:
-        try:
-            fits = torch.broadcast_shapes(center.shape, logits.shape) == logits.shape
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"center must broadcast to the logits, {tuple(logits.shape)}, got shape "
-                f"{tuple(center.shape)}."
-            )
+        _check_center(center, logits)
         wide = wide - center
     probabilities = torch.softmax(wide / temperature, dim=-1)
     entropy: Tensor = torch.special.entr(probabilities).sum(dim=-1)
     return entropy / math.log(logits.shape[-1])
+
+
+def _check_center(center: Tensor, logits: Tensor) -> None:
+    try:
+        fits = torch.broadcast_shapes(center.shape, logits.shape) == logits.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"center must broadcast to the logits, {tuple(logits.shape)}, got shape "
+            f"{tuple(center.shape)}."
+        )
 
 
 class Measurements(NamedTuple):
@@ -249,14 +222,6 @@ class Measurements(NamedTuple):
 @torch.no_grad()
 def measure(mean: Tensor, logvar: Tensor) -> Measurements:
     """All monitors of a posterior at once, for a log; like :func:`effective_rank`, not every step.
-
-    Args:
-        mean: Means, of shape (..., B, D).
-        logvar: Log-variances, of the same shape.
-
-    Raises:
-        TypeError: If an argument is not a floating-point tensor.
-        ValueError: If the shapes differ or have fewer than two dimensions.
 
     Examples:
         >>> seen = measure(torch.eye(4, 3), torch.zeros(4, 3))

@@ -127,5 +127,13 @@ def unwrap(criterion: ClimbLoss) -> Callable[..., Tensor]:
     """
     if not isinstance(criterion, ClimbLoss):
         raise TypeError(f"unwrap takes what wrap returned, got {type(criterion).__name__}.")
-    criterion.climb.remove()
+    climb = criterion.climb
+    if len(climb.attached) < len(climb.heads):
+        raise ValueError(
+            "heads of this ClimbLoss were put into the model by hand: take these out by hand "
+            "as well; the base loss is criterion.base."
+        )
+    climb.watch.steps.stop()
+    for attached in climb.attached:
+        attached.remove()
     return criterion.base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -10,9 +11,10 @@ PAGE = (ROOT / "climb_plugin" / "ARCHITECTURE.md").read_text()
 
 
 def test_every_file_that_it_names_exists() -> None:
-    named = set(re.findall(r"`((?:_graph/|_run/|tests/)?[a-z_]+\.py)`", PAGE))
+    named = set(re.findall(r"`((?:_graph/|_run/|schedule/|tests/)?[a-z_]+\.py)`", PAGE))
     assert {"tests/test_steps.py", "head.py", "_graph/sample.py"} <= named
-    places = [ROOT, ROOT / "climb_plugin", ROOT / "climb_plugin" / "_graph"]
+    core = ROOT / "climb_plugin"
+    places = [ROOT, core, core / "_graph", core / "_run", core / "schedule"]
     missing = {name for name in named if not any((place / name).exists() for place in places)}
     assert not missing
 
@@ -23,6 +25,11 @@ def test_every_rule_has_a_test() -> None:
 
 
 def test_every_file_of_the_core_is_named() -> None:
-    files = {path.stem for path in (ROOT / "climb_plugin").rglob("*.py")} - {"__init__"}
-    rooms = {path.stem for path in (ROOT / "climb_plugin" / "_run").glob("*.py")} | {"deferred"}
-    assert {name for name in files - rooms if name not in PAGE} == set()
+    files = {path.name for path in (ROOT / "climb_plugin").rglob("*.py")} - {"__init__.py"}
+    assert {name for name in files if name not in PAGE} == set()
+
+
+def test_functions_that_it_names_exist() -> None:
+    for module, name in [("loss", "_samples"), ("loss", "bottleneck"), ("attach", "_Hung")]:
+        assert f"`{module}.{name}`" in PAGE
+        assert hasattr(import_module(f"climb_plugin.{module}"), name)

@@ -54,7 +54,7 @@ def leaves_behind(value: Tensor) -> list[ReferenceType[Tensor]]:
 
 
 def _search(value: Tensor, *, oldest: int) -> list[Sample]:
-    held = (sample_of(node) for node in _nodes(value, oldest=oldest, leaves=False))
+    held = map(sample_of, _nodes(value, oldest=oldest, leaves=False))
     return [sample for sample in held if sample is not None]
 
 

@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -225,12 +225,9 @@ class _Probe:
         def scaled(rows: Tensor) -> Tensor:
             return rows * (factor.to(rows) if isinstance(factor, Tensor) else factor)
 
-        output: Tensor
         if path is None:
-            output = self._run(scaled(self.rows))
-        else:
-            output = self._run(self.rows, path=path, scaled=scaled, before=before)
-        return output
+            return cast("Tensor", self._run(scaled(self.rows)))
+        return cast("Tensor", self._run(self.rows, path=path, scaled=scaled, before=before))
 
     def _run(
         self,
@@ -254,9 +251,9 @@ class _Probe:
             )
         elif scaled is not None:
             module.get_submodule(path).register_forward_hook(lambda _, args, output: scaled(output))
-        devices = [rows.device] if rows.is_cuda else []
         # Each run draws the same numbers, should the module draw any.
-        with torch.no_grad(), torch.random.fork_rng(devices), no_global_hooks():
+        forked = torch.random.fork_rng([rows.device] if rows.is_cuda else [])
+        with torch.no_grad(), forked, no_global_hooks():
             return module(rows)
 
 
