@@ -113,7 +113,7 @@ def _probe(module: nn.Module) -> _Probe:
         except Exception as error:  # the module is the user's: it may raise anything
             errors.append(f"({_ROWS}, {width}): {error}")
     heads = [name for name, child in module.named_children() if _input_widths(child)]
-    hint = f", such as {name}.{heads[-1]}" if heads else ""
+    hint = f", as in student=model.{heads[-1]}" if heads else ""
     raise ValueError(
         f"{name} could not be run on a batch of features to find where its embedding is. If it is "
         f"the whole encoder, pass its projection head{hint}. Otherwise {_YOURSELF}. Tried, with "

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from climb_plugin import ClimbLoss
 from climb_plugin.adapters.lightly import wrap
-from climb_plugin.attach import attach
-from climb_plugin.probe import Place, find_place
+from climb_plugin.attach import Place, attach, checked_place
 from climb_plugin.schedule import Linear, Schedule, TargetRate
 from knn_study.methods import Learner
 from knn_study.settings import Settings
@@ -50,7 +49,7 @@ def regularised(loss: nn.Module, learner: Learner, settings: Settings, *, steps:
         head = attach(**where, init_std=settings.init_std)
         criterion = ClimbLoss(loss, heads=head, beta=0.0)
     elif settings.regulariser in PENALTIES:
-        place = find_place(learner.head, at=settings.at)
+        place = checked_place(learner.head, teacher=None, at=settings.at)
         return Penalised(loss, learner.head, place, settings)
     else:
         return loss

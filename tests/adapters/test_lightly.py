@@ -751,7 +751,7 @@ class TestRefusals:
         criterion = wrap(first, student=student, beta=1e-3)
         with pytest.raises(
             RuntimeError,
-            match=r"depends on no sample of heads\[0\].* it was not called since the loep",
+            match=r"depends on no sample of heads\[0\].* it was not called since the loss before",
         ):
             criterion(rows().requires_grad_())
 

@@ -133,6 +133,11 @@ def means(seen: list[Any]) -> dict[str, Tensor]:
     }
 
 
+def assert_logged(fit: Any, seen: list[Any]) -> None:
+    for name, mean in means(seen).items():
+        torch.testing.assert_close(fit.callback_metrics[name], mean)
+
+
 def betas(model: Any) -> list[float]:
     return [float(terms.beta) for terms in model.seen]
 
@@ -144,8 +149,7 @@ def test_the_means_of_the_terms_are_logged(pl: Any, tmp_path: Path, calls: int) 
     fit.fit(model, data(), data())  # with a validation, whose terms must not be counted
     logged = fit.callback_metrics
     assert len(model.seen) == 6 * calls
-    for name, mean in means(model.seen).items():
-        torch.testing.assert_close(logged[name], mean)
+    assert_logged(fit, model.seen)
     assert logged["climb_rate"] > 0
     torch.testing.assert_close(
         fit.progress_bar_metrics["climb_rate_step"],
@@ -154,44 +158,28 @@ def test_the_means_of_the_terms_are_logged(pl: Any, tmp_path: Path, calls: int) 
     assert not model.criterion.climb.observers
 
 
-def test_an_evaluation_in_the_step_and_a_short_last_batch(pl: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["an evaluation in the step", "by its forward"])
+def test_however_the_loss_is_called(pl: Any, tmp_path: Path, how: str) -> None:
+    """And with a short last batch."""
+
     def build(model: Any, beta: float | Schedule) -> None:
         loss = model.criterion = ClimbLoss(base, heads=model.head, beta=beta)
 
         def loss_of(*views: Tensor) -> Tensor:
-            total: Tensor = loss(*views)
+            total: Tensor = (loss.forward if how == "by its forward" else loss)(*views)
             model.seen.append(loss.terms)
-            with torch.no_grad():
-                loss(*views)
+            if how == "an evaluation in the step":
+                with torch.no_grad():
+                    loss(*views)
             return total
 
         model.loss_of = loss_of
 
-    model = make(pl, 0.1, build=build)
+    model = make(pl, 0.1, build=build, calls=2)
     fit = trainer(pl, tmp_path)
     fit.fit(model, DataLoader(Views(), batch_size=10))
-    assert len(model.seen) == 3
-    for name, mean in means(model.seen).items():
-        torch.testing.assert_close(fit.callback_metrics[name], mean)
-
-
-def test_a_lightly_module(pl: Any, tmp_path: Path) -> None:
-    pytest.importorskip("lightly")
-    from lightly.loss import NTXentLoss
-    from lightly.models.modules import SimCLRProjectionHead
-
-    from climb_plugin.adapters.lightly import wrap
-
-    def simclr(model: Any, beta: float | Schedule) -> None:
-        model.head = SimCLRProjectionHead(5, 8, 4)
-        model.criterion = wrap(NTXentLoss(), student=model.head, beta=beta)
-
-    model = make(pl, Linear(0.1, warmup=0.5), build=simclr)
-    fit = trainer(pl, tmp_path, max_epochs=2)
-    fit.fit(model, data())
-    assert betas(model) == pytest.approx([min(0.1, 0.1 * step / 6) for step in range(12)])
-    for name, mean in means(model.seen[6:]).items():
-        torch.testing.assert_close(fit.callback_metrics[name], mean)
+    assert len(model.seen) == 6
+    assert_logged(fit, model.seen)
 
 
 def test_a_lightly_module_with_a_teacher(pl: Any, tmp_path: Path) -> None:
@@ -234,8 +222,7 @@ def test_a_lightly_module_with_a_teacher(pl: Any, tmp_path: Path) -> None:
     fit = trainer(pl, tmp_path, max_epochs=2)
     fit.fit(model, data())
     assert betas(model) == pytest.approx([min(0.1, 0.1 * step / 6) for step in range(12)])
-    for name, mean in means(model.seen[6:]).items():
-        torch.testing.assert_close(fit.callback_metrics[name], mean)
+    assert_logged(fit, model.seen[6:])
     (head,) = model.criterion.heads
     assert head.logvar.weight.abs().sum() > 0
     follower = model.teacher.get_parameter(
@@ -311,30 +298,6 @@ def test_resuming_goes_on(pl: Any, tmp_path: Path, accumulate: int) -> None:
     assert betas(first) + betas(second) == betas(whole)
     assert len(set(betas(whole))) > 8
     assert [float(t.rate) for t in second.seen] == [float(t.rate) for t in whole.seen[12:]]
-
-
-@pytest.mark.parametrize("submodule", [True, False])
-def test_resuming_goes_on_to_a_target_rate(pl: Any, tmp_path: Path, submodule: bool) -> None:
-    def build(model: Any, beta: float | Schedule) -> None:
-        loss = ClimbLoss(base, heads=model.head, beta=beta)
-        if submodule:
-            model.criterion = loss
-        else:
-            model.hidden = {"loss": loss}
-            model.loss_of = lambda *views: (loss(*views), model.seen.append(loss.terms))[0]
-
-    def fit(epochs: int, **options: Any) -> tuple[Any, Any]:
-        model = make(pl, TargetRate(3.0, beta=0.01), build=build)
-        fitted = trainer(pl, tmp_path, max_epochs=epochs)
-        fitted.fit(model, data(), **options)
-        return model, fitted
-
-    whole, _ = fit(4)
-    first, fitted = fit(2)
-    fitted.save_checkpoint(tmp_path / "half.ckpt")
-    second, _ = fit(4, ckpt_path=str(tmp_path / "half.ckpt"))
-    assert betas(first) + betas(second) == betas(whole)
-    assert len(set(betas(whole))) == len(betas(whole))
 
 
 def hidden_at(*names: str) -> Callable[[Any, float | Schedule], None]:
@@ -515,25 +478,6 @@ def test_an_accumulation_that_changes_has_no_known_length(
     assert len(set(betas(model))) == steps // 2 + 1
 
 
-def test_a_loss_that_is_called_by_its_forward_is_logged(pl: Any, tmp_path: Path) -> None:
-    def direct(model: Any, beta: float | Schedule) -> None:
-        loss = model.criterion = ClimbLoss(base, heads=model.head, beta=beta)
-
-        def loss_of(*views: Tensor) -> Tensor:
-            total = loss.forward(*views)
-            model.seen.append(loss.terms)
-            return total
-
-        model.loss_of = loss_of
-
-    model = make(pl, 0.1, build=direct, calls=2)
-    fit = trainer(pl, tmp_path)
-    fit.fit(model, data())
-    assert len(model.seen) == 12
-    for name, mean in means(model.seen).items():
-        torch.testing.assert_close(fit.callback_metrics[name], mean)
-
-
 def test_a_batch_that_uses_no_sample_leaves_the_mean_of_the_rate(pl: Any, tmp_path: Path) -> None:
     model = make(pl, 0.1)
     loss = model.criterion
@@ -578,8 +522,7 @@ def test_a_base_loss_whose_names_clash(
     fit = trainer(pl, tmp_path)
     fit.fit(model, data())
     fit.save_checkpoint(tmp_path / "clash.ckpt")
-    for name, mean in means(model.seen).items():
-        torch.testing.assert_close(fit.callback_metrics[name], mean)
+    assert_logged(fit, model.seen)
     assert "alpha 0.2, prior standard" in capsys.readouterr().out
     (loss,) = model.box
     assert (loss.base.alpha, loss.climb.step) == (0.5, 6)
@@ -626,9 +569,8 @@ def test_manual_optimisation_has_the_beta_of_its_step(pl: Any, tmp_path: Path, k
     fit.fit(model, data())
     assert per_step == [{round(0.01 * step, 9)} for step in range(6)]
     assert len(model.seen) >= 12
-    for name, mean in means(model.seen).items():
-        if kind != "lbfgs":  # whose steps have as many calls as they need
-            torch.testing.assert_close(fit.callback_metrics[name], mean)
+    if kind != "lbfgs":  # whose steps have as many calls as they need
+        assert_logged(fit, model.seen)
 
 
 def test_lbfgs_in_automatic_optimisation(pl: Any, tmp_path: Path) -> None:
@@ -786,12 +728,15 @@ def test_a_search_that_diverges_ends_as_without_climb(
     assert model.loss().climb.watches
 
 
+@pytest.mark.parametrize(
+    "beta", [Linear(0.1, warmup=12), TargetRate(3.0, beta=0.01)], ids=["ramp", "target"]
+)
 @pytest.mark.parametrize("kind", PLACES)
-def test_a_loss_resumes_wherever_it_is(pl: Any, tmp_path: Path, kind: str) -> None:
+def test_a_loss_resumes_wherever_it_is(pl: Any, tmp_path: Path, kind: str, beta: Schedule) -> None:
     """With a learned prior, whose parameters the module's state lacks where it is hidden."""
 
     def fit(epochs: int, **options: Any) -> tuple[Any, Any]:
-        model = make(pl, Linear(0.1, warmup=12), build=in_place(kind))
+        model = make(pl, copy.deepcopy(beta), build=in_place(kind))
         fitted = trainer(pl, tmp_path, max_epochs=epochs)
         fitted.fit(model, **options)
         return model, fitted
@@ -801,6 +746,7 @@ def test_a_loss_resumes_wherever_it_is(pl: Any, tmp_path: Path, kind: str) -> No
     fitted.save_checkpoint(tmp_path / "third.ckpt")
     resumed, _ = fit(3, ckpt_path=str(tmp_path / "third.ckpt"))
     assert [tuple(t) for t in resumed.seen] == [tuple(t) for t in whole.seen[6:]]
+    assert len(set(betas(whole))) == (18 if isinstance(beta, TargetRate) else 13)
     prior = list(whole.loss().climb_priors.parameters())
     assert any(p.abs().sum() > 0 for p in prior)
     again = resumed.loss().climb_priors.parameters()
