@@ -1,4 +1,4 @@
-"""One module per host; each imports its host, and only its host."""
+"""Adapts CLIMB to its hosts: one module per host, which imports that host alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def solo_callbacks() -> list[Any]:
-    """The callback that brings CLIMB to solo-learn's methods; empty where that is not loaded.
+    """The callback that brings CLIMB to solo-learn's methods; empty if solo-learn is not loaded.
 
-    Lightning finds this function by an entry point and calls it for every Trainer, so it imports
-    nothing for a program that has nothing to do with solo-learn.
+    Lightning finds this function by an entry point and calls it for every Trainer. So nothing may
+    be imported for a program that does not use solo-learn.
     """
     if "solo.methods" not in sys.modules:
         return []

@@ -30,7 +30,7 @@ def find_losses(model: nn.Module) -> Iterator[tuple[str, ClimbLoss]]:
 
 
 def _with_items(named: list[tuple[str, Any]], seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Values and what is in those that are lists, tuples or dicts, at any depth."""
+    """Values, and the items of lists, tuples and dicts among them, at any depth."""
     for path, value in named:
         yield path, value
         if isinstance(value, (list, tuple, dict)) and id(value) not in seen:

@@ -1,4 +1,4 @@
-"""CLIMB for lightly: one changed line in a training script.
+"""Adds CLIMB to lightly: one changed line in a training script.
 
 Nothing here depends on the class of a loss or of a projection head.
 """

@@ -1,6 +1,6 @@
-"""CLIMB in a LightningModule: the terms in the log, fractions laid over the training's length.
+"""Logs CLIMB's terms in a LightningModule, and lays schedules over the training's length.
 
-For ``lightning`` and ``pytorch_lightning`` 2.x alike, also where both are installed.
+For ``lightning`` and ``pytorch_lightning`` 2.x alike, even if both are installed.
 """
 
 from __future__ import annotations
@@ -42,35 +42,36 @@ def _callback_classes() -> tuple[type, ...]:
 if TYPE_CHECKING:
     _Callback = object
 else:
-    # A Trainer takes only subclasses of its own package's Callback; both are plain classes.
+    # A Trainer takes only its own package's Callbacks. Both are plain classes: subclass both.
     _Callback = type("_Callback", _callback_classes(), {})
 
 
 class ClimbCallback(_Callback):
     """Logs the terms of every ClimbLoss in the LightningModule and lays its schedule.
 
-    Per epoch ``climb_rate`` and ``climb_entropy`` (nats), ``climb_beta`` and
-    ``climb_base_loss`` are logged: means over the steps and the ranks (over the calls, where a
-    step calls the loss several times). Nothing is exchanged and no device waited for per step.
-    The progress bar shows ``climb_rate_step``. Where the module has several losses, each name
-    ends in ``_`` and the loss's attribute path: ``climb_rate_dino_loss``.
+    Per epoch ``climb_rate`` and ``climb_entropy`` (nats), ``climb_beta`` and ``climb_base_loss``
+    are logged: means over the steps and the ranks (over the calls, if a step calls the loss several
+    times). Nothing is exchanged and no device waited for per step. The progress bar shows
+    ``climb_rate_step``. If the module has several losses, each name ends in ``_`` and the loss's
+    attribute path: ``climb_rate_dino_loss``.
 
-    A loss counts its optimiser steps by itself, from 0 in each new training. A schedule that needs
-    the length of the training (a ramp with fractions and without ``total_steps``) is laid over
+    A loss counts optimiser steps by itself, from 0 in each new training. A schedule that needs the
+    length of the training (a ramp with fractions and without ``total_steps``) is laid over
     ``trainer.estimated_stepping_batches``. With manual optimisation Lightning estimates one step
-    per batch: give ``total_steps`` if yours are fewer. While a learning rate or a batch size is
-    sought, before the training, such a schedule is at its end, and a loss that runs into infinity
-    does not raise.
+    per batch: give ``total_steps`` if yours are fewer. Give ``total_steps`` as well if a
+    GradientAccumulationScheduler changes the length. While a learning rate or a batch size is
+    sought, before the training, such a schedule is at its end, and an infinite loss does not raise.
 
-    A loss is found as a submodule, or as an attribute (or in lists, tuples and dicts that are
-    one) of the LightningModule or of a submodule. The start of the training says what is in
-    force.
+    A loss is found as a submodule, or as an attribute (or in lists, tuples and dicts that are one)
+    of the LightningModule or of a submodule. The start of the training prints the settings.
+    Lightning 2.1 writes checkpoints in place: a kill may cut last.ckpt short; keep older ones
+    (``save_top_k=-1``).
 
     Raises:
         ValueError: At the start of the training, if there is no ClimbLoss in the module; if a
-            fraction is to be laid over a training of unknown length; if the checkpoint that is
-            resumed has the state of a loss whose attribute path is gone (a warning, where the
-            LightningModule has ``strict_loading = False``).
+            fraction is to be laid over a training of unknown length; if a resumed checkpoint has
+            the state of a loss whose attribute path is gone (a warning, if the LightningModule has
+            ``strict_loading = False``).
 
     Examples:
         >>> callback = ClimbCallback()  # Trainer(callbacks=[ClimbCallback()])
@@ -79,18 +80,18 @@ class ClimbCallback(_Callback):
     def __init__(self) -> None:
         super().__init__()
         self._module: nn.Module | None = None
-        self._is_waiting = False  # From the setup to the first step of the training itself.
+        self._is_waiting = False  # From setup to the start of the training.
         self._records: dict[str, _Record] = {}
         self._restored: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Prepares the losses for what may run before the training: a search, a restored state."""
+        """Prepares the losses for a search, or a restored state, before the training."""
         if stage == "fit":
             self._module, self._is_waiting = pl_module, True
             self._losses()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Sees to it that there is a loss."""
+        """Checks that there is a loss."""
         if not self._losses():
             raise ValueError(
                 f"ClimbCallback finds no ClimbLoss in {type(pl_module).__name__}: make it an "
@@ -98,7 +99,7 @@ class ClimbCallback(_Callback):
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lays the schedules over the training, says what is in force, begins to take notes."""
+        """Lays the schedules over the training, prints the settings, begins to record."""
         losses = self._losses()
         self._restore(losses, pl_module)
         lengths: dict[str, int] = {}
@@ -106,7 +107,7 @@ class ClimbCallback(_Callback):
             if loss.climb.schedule.needs_length:
                 lengths[path] = self.length(trainer, loss.climb.schedule)
                 loss.climb.lay(lengths[path])
-            if trainer.global_step == 0 and loss.climb.step:  # it was trained before
+            if trainer.global_step == 0 and loss.climb.step:  # trained before
                 loss.climb.set_step(0)
         self._is_waiting = False
         self._records = {path: _Record(loss) for path, loss in losses.items()}
@@ -118,12 +119,12 @@ class ClimbCallback(_Callback):
         """The number of optimiser steps of the training.
 
         Raises:
-            ValueError: If that is not known; the message names the schedule that needs it.
+            ValueError: If the number is not known; the message names the schedule that needs one.
         """
         return _length(trainer, schedule)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the module's own state lacks: the state of losses that are no submodules."""
+        """The state of losses that are no submodules, which the module's own state lacks."""
         modules = set() if self._module is None else set(self._module.modules())
         return {
             path: {**loss.climb_state(), "priors": loss.climb_priors.state_dict()}
@@ -132,7 +133,7 @@ class ClimbCallback(_Callback):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned; where a loss is unknown, in on_train_start."""
+        """Restores a :meth:`state_dict`; for losses that are unknown as yet, in on_train_start."""
         losses = self._losses()
         for path, state in state_dict.items():
             if path in losses:
@@ -146,7 +147,7 @@ class ClimbCallback(_Callback):
         """Begins the sums of a step."""
         for record in self._records.values():
             record.clear()
-            # A search, at whatever moment, runs its steps without the trainer's callbacks.
+            # On within steps only: a search for a learning rate runs without these callbacks.
             record.loss.climb.watches = True
 
     def on_train_batch_end(
@@ -176,15 +177,15 @@ class ClimbCallback(_Callback):
             )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Lets the losses be as they were."""
+        """Restores the losses."""
         self._stop()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Lets the losses be as they were."""
+        """Restores the losses."""
         self._stop()
 
     def _losses(self) -> dict[str, ClimbLoss]:
-        """The losses by their paths; looked for anew, since hooks of the module may make some."""
+        """The losses by their paths; searched anew, since hooks of the module may make some."""
         losses = {} if self._module is None else dict(find_losses(self._module))
         for loss in losses.values() if self._is_waiting else ():
             loss.climb.watches = False
@@ -202,7 +203,7 @@ class ClimbCallback(_Callback):
                 f"{', '.join(losses)}. Give the loss its old place, or, to go on without "
                 "that state, set strict_loading = False on the LightningModule."
             )
-            if getattr(pl_module, "strict_loading", True):  # Lightning has it since 2.2
+            if getattr(pl_module, "strict_loading", True):  # since Lightning 2.2
                 raise ValueError(message)
             warnings.warn(message, stacklevel=3)
         for path in restored.keys() & losses.keys():
@@ -210,7 +211,7 @@ class ClimbCallback(_Callback):
 
     def _stop(self) -> None:
         was_waiting, self._is_waiting = self._is_waiting, False
-        self._restored = {}  # an evaluation loads what is not its own, too
+        self._restored = {}  # an evaluation may have loaded foreign states
         for record in self._records.values():
             record.remove()
         self._records = {}
@@ -248,7 +249,7 @@ class _Record:
         if is_regularised:
             values |= {"climb_rate": terms.rate, "climb_entropy": terms.entropy}
         if is_regularised or not self.loss.climb.heads:  # without heads CLIMB is off: 0
-            # Filled in on the device: a copy from the host would wait for it.
+            # Filled in on the device: a copy from the CPU would wait for the device.
             on_host = not terms.beta.is_cuda
             beta = terms.base.new_full((), float(terms.beta)) if on_host else terms.beta
             values["climb_beta"] = beta
@@ -257,14 +258,14 @@ class _Record:
             self._sums[name] = (total + value.float(), calls + 1)
 
     def means(self) -> dict[str, Tensor]:
-        """The means over the calls by name; empty if there were none."""
+        """The means over the calls by name; empty without calls."""
         return {name: total / calls for name, (total, calls) in self._sums.items()}
 
 
 def _length(trainer: Any, schedule: Schedule) -> int:
     unknown = f"{schedule!r} has a fraction of the training, whose length is not known"
     total = trainer.estimated_stepping_batches
-    # -1 is what Lightning returns for data without a length and no max_steps.
+    # Lightning returns -1 for data without a length and no max_steps.
     if not math.isfinite(total) or total < 0:
         raise ValueError(
             f"{unknown}: set max_epochs (with data that has a length) or max_steps, or give the "

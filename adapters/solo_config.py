@@ -1,4 +1,4 @@
-"""What of CLIMB acts before a solo-learn method is built: keys, a backbone, auto_resume."""
+"""Prepares solo-learn before a method is built: keys, a backbone, auto_resume."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ DEFAULTS: Mapping[str, Any] = {
     "climb_free_nats": Settings.free_nats,
     "climb_init_std": Settings.init_std,
 }
-"""All keys there are; the documentation says what each means."""
+"""All keys; the documentation explains each."""
 
 
 def read_keys(config: Any) -> dict[str, Any]:
     """The ``climb_*`` keys of a solo-learn config, checked, and the defaults of those not given.
 
     Returns:
-        Nothing if no key is given. A key that is null counts as not given.
+        An empty dict if no key is given. A key that is null counts as not given.
 
     Raises:
         TypeError: If a value has the wrong type.
-        ValueError: If a key is unknown, in another section than ``method_kwargs`` or without
-            effect beside the others, or a value is out of range.
+        ValueError: If a key is unknown, in another section than ``method_kwargs`` or without effect
+            beside the others, or a value is out of range.
     """
     given: dict[str, Any] = {}
     plain = OmegaConf.to_container(config) if OmegaConf.is_config(config) else config
@@ -80,7 +80,7 @@ def _checked(keys: dict[str, Any]) -> dict[str, Any]:
     target, free = keys["climb_target_rate"], keys["climb_free_nats"]
     warmup, shape = keys["climb_warmup"], keys["climb_schedule"]
     with _naming_the_key():
-        # A beta of 0 is fine in itself, and a schedule of it would be refused.
+        # A beta of 0 is fine, but some schedules refuse one: check them with 1.
         beta = checked_number("beta", keys["climb_beta"]) or 1.0
         settings(keys, Constant(beta))
         if target is not None and checked_number("target_rate", target) <= free:
@@ -101,7 +101,7 @@ def settings(keys: Mapping[str, Any], schedule: Schedule) -> Settings:
 
 
 def make_schedule(keys: Mapping[str, Any]) -> Schedule:
-    """Beta over the optimiser steps; a fraction still wants the length of the training."""
+    """Beta over the optimiser steps; a fraction still needs the length of the training."""
     beta, shape = keys["climb_beta"], keys["climb_schedule"]
     with _naming_the_key():
         if keys["climb_target_rate"] is not None:
@@ -121,10 +121,10 @@ def _naming_the_key() -> Iterator[None]:
 
 
 def register(methods: object = None) -> None:
-    """Gives solo-learn, for this process, what a config may name: Hydra's plugin calls this.
+    """Gives solo-learn, for this process, CLIMB's names for configs; Hydra's plugin calls this.
 
-    The backbone ``efficientnet_b0``; an ``auto_resume`` that compares ``climb_*`` values; an
-    error of :func:`read_keys` as soon as a method is built. CLIMB itself needs none of it.
+    These are the backbone ``efficientnet_b0``; an ``auto_resume`` that compares ``climb_*`` values;
+    an error of :func:`read_keys` as soon as a method is built. CLIMB itself needs none of them.
 
     Args:
         methods: Not used: ``METHODS`` is left alone.
@@ -144,7 +144,7 @@ def register(methods: object = None) -> None:
 
 
 def _checked_config(kind: Any, inner: Callable[[Any], Any], cfg: Any) -> Any:
-    """What solo-learn makes of a config when it builds a method; a wrong key ends it here."""
+    """The config from which solo-learn builds a method; a wrong key raises here."""
     if read_keys(cfg) and not hasattr(kind, "learnable_params"):
         raise ValueError(f"climb_* keys have no effect in {kind.__name__}: it trains no embedding.")
     cfg = inner(cfg)
@@ -154,7 +154,7 @@ def _checked_config(kind: Any, inner: Callable[[Any], Any], cfg: Any) -> Any:
 
 
 class Stem(nn.Conv2d):
-    """A first convolution whose stride is in the checkpoint, where ``main_linear.py`` gets it."""
+    """A first convolution that saves its stride in the checkpoint, for ``main_linear.py``."""
 
     def get_extra_state(self) -> Tensor:
         """The stride."""

@@ -1,7 +1,8 @@
-"""k-NN of a solo-learn checkpoint, on any device: ``python -m climb_plugin.adapters.solo_knn``.
+"""Evaluates a solo-learn checkpoint by k-NN: ``python -m climb_plugin.adapters.solo_knn``.
 
-solo-learn's ``main_knn.py`` needs CUDA. The arguments here are called the same; the accuracies
-come from solo-learn's own ``WeightedKNNClassifier``. Embeddings are those of ``eval()``: the means.
+solo-learn's ``main_knn.py`` needs CUDA; this runs on any device. The arguments are called the same;
+the accuracies come from solo-learn's own ``WeightedKNNClassifier``. Embeddings are those of
+``eval()``: the means.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def load(directory: Path, *, trusted: bool = False) -> nn.Module:
     """The model of the newest checkpoint in a directory, in ``eval()``.
 
-    Code in the checkpoint runs only if it is ``trusted``: that of simsiam holds some.
+    Code in a checkpoint runs only if ``trusted``: checkpoints of simsiam hold some.
     """
     from omegaconf import OmegaConf
     from solo.methods import METHODS

@@ -1,6 +1,6 @@
-"""CLIMB inside the solo-learn method that a Trainer sets up, switched by ``method_kwargs.climb_*``.
+"""Adds CLIMB to the solo-learn method of a Trainer, switched by ``method_kwargs.climb_*``.
 
-A user sets that key and no more: Lightning adds :class:`SoloCallback` to every Trainer.
+A user sets these keys and no more: Lightning adds :class:`SoloCallback` to every Trainer.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from climb_plugin.schedule import Schedule
 class SoloCallback(ResumingCallback):
     """Puts CLIMB into the method that the Trainer sets up, if its config has ``climb_*`` keys.
 
-    The head goes into the method's ``projector`` or ``head`` (and into its momentum twin) before
-    the optimisers are made and before a checkpoint is loaded, in every process. While the method
-    is trained, its ``training_step`` returns the loss with the bottleneck; ``method.climb`` is
-    the ClimbLoss. Without the keys, or with ``climb_beta=0``, the method stays as it is.
+    The head goes into the method's ``projector`` or ``head`` (and into the momentum twin) before
+    the optimisers are made and before a checkpoint is loaded, in every process. While the method is
+    trained, ``training_step`` returns the loss with the bottleneck; ``method.climb`` is the
+    ClimbLoss. Without the keys, or with ``climb_beta=0``, the method stays unchanged.
 
     Raises:
         TypeError: As :func:`read_keys`, when a Trainer sets the method up.
-        ValueError: Likewise; if CLIMB cannot act in the method; if a checkpoint that is resumed
-            has other ``climb_*`` values.
+        ValueError: Likewise; if CLIMB cannot act in the method; if a checkpoint that is resumed has
+            other ``climb_*`` values.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class SoloCallback(ResumingCallback):
         self._undo = ExitStack()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Puts the head in, and wraps what the training calls."""
+        """Puts the head in, and wraps the functions that the training calls."""
         self._keys, self._steps = read_keys(_config_of(pl_module)), None
         _put_in(pl_module, self._keys, trained=stage == "fit")
         if stage == "fit":
@@ -55,14 +55,14 @@ class SoloCallback(ResumingCallback):
             super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Says so where CLIMB is off."""
+        """Prints a line if CLIMB is off."""
         if self._on:
             super().on_fit_start(trainer, pl_module)
         elif self._keys and trainer.is_global_zero:
             print("CLIMB: off, because climb_beta=0: the method is solo-learn's own.", flush=True)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Goes on from the checkpoint that is resumed, over the length of its training."""
+        """Goes on from a resumed checkpoint, over the length of that checkpoint's training."""
         if not self._on:
             return
         try:
@@ -72,7 +72,7 @@ class SoloCallback(ResumingCallback):
             raise ValueError(f"climb_warmup={self._keys['climb_warmup']}: {error}") from error
 
     def length(self, trainer: Any, schedule: Schedule) -> int:
-        """The optimiser steps of the training, or of that which is resumed."""
+        """The optimiser steps of the training, or of the resumed one."""
         total = super().length(trainer, schedule)
         if self._steps not in (None, total):
             warnings.warn(
@@ -89,17 +89,17 @@ class SoloCallback(ResumingCallback):
         return {"keys": self._keys, "steps": self._steps, "losses": losses} if self._on else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Keeps what :meth:`state_dict` returned until the training starts."""
+        """Keeps a :meth:`state_dict` until the training starts."""
         self._steps = state_dict["steps"]
         super().load_state_dict(state_dict["losses"])
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Gives the method its own functions back."""
+        """Restores the method's own functions."""
         self._undo.close()
         super().on_exception(trainer, pl_module, exception)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Gives the method its own functions back."""
+        """Restores the method's own functions."""
         self._undo.close()
         super().teardown(trainer, pl_module, stage)
 
@@ -108,7 +108,7 @@ class SoloCallback(ResumingCallback):
         return bool(self._keys and self._keys["climb_beta"])
 
     def _wrap(self, module: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        inner, own = getattr(module, name), vars(module)  # whichever class it comes from
+        inner, own = getattr(module, name), vars(module)  # of whichever class
         self._undo.callback(own.update, {name: own[name]} if name in own else {})
         self._undo.callback(own.pop, name)  # undone in reverse
         own[name] = functools.wraps(inner)(functools.partial(wrapper, module, inner))
@@ -138,7 +138,7 @@ class SoloCallback(ResumingCallback):
 
 
 def _config_of(module: Any) -> Any:
-    """The config of a method; that of another LightningModule may use our names as it likes."""
+    """The config of a method; other LightningModules may use our names as they like."""
     for config in (getattr(module, "cfg", None), module.hparams):
         if isinstance(config, Mapping) and "method" in config:
             return config
@@ -146,7 +146,7 @@ def _config_of(module: Any) -> Any:
 
 
 def _check_length(trainer: Any, schedule: Schedule) -> None:
-    """Raises where a warm-up in steps is longer than the training, so that beta never arrives."""
+    """Raises if a warm-up in steps is longer than the training, so that beta never arrives."""
     total = trainer.estimated_stepping_batches
     if not schedule.needs_length and 0 <= total < math.inf:
         schedule.over(int(total))
@@ -154,7 +154,7 @@ def _check_length(trainer: Any, schedule: Schedule) -> None:
 
 def _put_in(module: Any, keys: Mapping[str, Any], *, trained: bool) -> None:
     """Makes ``module.climb``, the loss whose head is in the method's projection head."""
-    own = vars(module)  # nn.Module would make a submodule of the loss
+    own = vars(module)  # by setattr the loss would become a submodule
     if own.get("climb_keys", keys) != keys:
         raise ValueError(f"this model was set up with {own['climb_keys']}: build it anew.")
     if not keys or not keys["climb_beta"]:
@@ -206,7 +206,7 @@ def _make_loss(module: Any, keys: Mapping[str, Any]) -> ClimbLoss:
 
 
 def _hold_priors(loss: ClimbLoss, student: nn.Module, teacher: nn.Module | None) -> None:
-    """Makes a learned prior a part of its head, so that whoever optimises that has it too."""
+    """Makes a learned prior a part of its head, so that the head's optimiser has the prior too."""
     paths = {module: path for path, module in student.named_modules()}
     for head, prior in zip(loss.heads, loss.climb_priors, strict=True):
         if any(True for _ in prior.parameters()):
@@ -221,10 +221,10 @@ def _as_it_is(loss: Tensor) -> Tensor:
 
 
 def _with_bottleneck(module: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The method's training step, its loss with the bottleneck."""
+    """The method's training step, with the bottleneck added to the loss."""
     outcome = inner(*args, **kwargs)
     value = outcome.get("loss") if isinstance(outcome, Mapping) else outcome
-    if value is None:  # Lightning skips such a batch, or says what it misses
+    if value is None:  # Lightning skips such a batch, or complains
         return outcome
     loss: ClimbLoss = module.climb
     try:
@@ -241,7 +241,7 @@ def _with_bottleneck(module: Any, inner: Callable[..., Any], *args: Any, **kwarg
 
 
 def _start_from_weights(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Makes of a checkpoint without CLIMB one of which only the weights are taken."""
+    """Strips a checkpoint without CLIMB down to the weights."""
     for key, value in module.state_dict().items():
         if f".{NAME}." in key:
             checkpoint["state_dict"].setdefault(key, value)

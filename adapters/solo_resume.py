@@ -1,4 +1,4 @@
-"""Saves what solo-learn's checkpoints lack: random numbers, and where the momentum stands."""
+"""Saves the random numbers and the momentum, which solo-learn's checkpoints lack."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ class ResumingCallback(ClimbCallback):
         self._host: Mapping[str, Any] | None = None
 
     def resume_from(self, checkpoint: Mapping[str, Any]) -> None:
-        """Keeps what a checkpoint has of the host until its training goes on."""
+        """Keeps the host's state of a checkpoint until the training goes on."""
         self._host = checkpoint.get(_KEY)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        """Adds what solo-learn needs and does not save, where CLIMB is on."""
+        """Adds the state that solo-learn needs and does not save, if CLIMB is on."""
         if hasattr(pl_module, "climb"):
             checkpoint[_KEY] = freeze(pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Goes on with that; Lightning first ends the saved epoch once more."""
+        """Restores that state until the first batch: Lightning first ends the saved epoch again."""
         if self._host is not None:
             thaw(pl_module, self._host, step=trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """From here on the numbers are the training's own."""
+        """Drops that state: from here on the numbers are the training's own."""
         self._host = None
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
 
 def freeze(module: Any) -> dict[str, Any]:
-    """What :func:`thaw` takes, in numbers and tensors that torch loads as such."""
+    """The state for :func:`thaw`, in numbers and tensors, which torch loads as such."""
     numpy_state: Any = np.random.get_state()
     kind, keys, position, has_gauss, gauss = numpy_state
     version, internal, gauss_next = random.getstate()
@@ -60,7 +60,7 @@ def freeze(module: Any) -> dict[str, Any]:
 def thaw(module: Any, state: Mapping[str, Any], *, step: int) -> None:
     """Goes on with the random numbers and the momentum of a checkpoint at optimiser step ``step``.
 
-    solo-learn counts its momentum updates from 0 again, so the first batch would do one too many.
+    solo-learn counts momentum updates from 0 again, so the first batch would do one too many.
     """
     torch.set_rng_state(state["torch"].cpu())
     kind, keys, position, has_gauss, gauss = state["numpy"]

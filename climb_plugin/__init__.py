@@ -1,4 +1,4 @@
-"""CLIMB: an information bottleneck beside any self-supervised loss."""
+"""Adds CLIMB, an information bottleneck, to any self-supervised loss."""
 
 import torch
 
@@ -22,7 +22,7 @@ __all__ = [
     "wrap",
 ]
 
-# Values without code of their own: a checkpoint with one of them loads with weights_only=True.
+# Plain values: named here, they can be in a checkpoint that loads with weights_only=True.
 torch.serialization.add_safe_globals(
     [
         ClimbTerms,

@@ -1,7 +1,7 @@
-"""Holds every private name of torch that this package uses, with why, and what replaces it.
+"""Holds every private name of torch that this package uses, with the reason and a substitute.
 
-Nothing else in the package may use a name of torch that begins with an underscore. One test goes
-through all functions here, so that a release of torch that drops a name is noticed by that name.
+Nothing else in the package may use a name of torch that begins with an underscore. One test calls
+all functions here, so that a release of torch without a name is noticed by that name.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def backward_pass() -> int | None:
 def graph_is_kept() -> bool:
     """Whether the running backward pass leaves the graph alive (retain_graph, create_graph).
 
-    There is no public name. Were it to go, a hook on the saved tensors would have to tell.
+    There is no public name. Without this one, a hook on the saved tensors would have to tell.
     """
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def sequence_number(node: Node) -> int:
-    """The place of a node among all that its thread has made; 2**64 - 1 for an AccumulateGrad.
+    """The place of a node among all nodes of its thread; 2**64 - 1 for an AccumulateGrad.
 
-    The profiler reads the same number; torch has no public name for it.
+    The profiler reads the same number; torch has no public name.
     """
     return node._sequence_nr()
 
@@ -65,21 +65,21 @@ def transforms_active() -> bool:
 
 
 def without_transforms() -> AbstractContextManager[Any]:
-    """Makes what is created within a plain tensor, though a transform of torch.func is at work."""
+    """Makes all tensors created within plain, even under a transform of torch.func."""
     return torch._C._DisableFuncTorch()
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """Keeps what runs within from the modes that watch every operation.
+    """Hides the operations within from the modes that watch every operation.
 
-    Selective checkpointing is one, and refuses operations of the second run that the first did
-    not have. There is no public name.
+    Selective checkpointing is such a mode, and refuses operations of the second run that the first
+    did not have. There is no public name.
     """
     return _python_dispatch._disable_current_modes()
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether ``torch.vmap`` is at work on this tensor, under whatever other transforms."""
+    """Whether ``torch.vmap`` is at work on this tensor, under any other transforms."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
@@ -89,9 +89,10 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def is_batch_of_gradients(tensor: Tensor) -> bool:
-    """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` made it; few functions take it.
+    """Whether the tensor comes from ``torch.autograd.grad(..., is_grads_batched=True)``.
 
-    It comes of an older vmap, of which torch.func knows nothing. There is no public name.
+    That uses an older vmap, which torch.func does not know; few functions take such tensors. There
+    is no public name.
     """
     batched = torch._C._dispatch_key_parse("Batched")
     return bool(torch._C._dispatch_keys(tensor).has(batched))
@@ -111,7 +112,7 @@ def version(tensor: Tensor) -> int:
 
 
 def is_compiled_in_place(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called: later hooks would not run in what it compiled."""
+    """Whether ``module.compile()`` was called: the compiled code would not run later hooks."""
     return getattr(module, "_compiled_call_impl", None) is not None
 
 

@@ -1,8 +1,7 @@
 """Maps embeddings to means and log-variances: the layers of a Gaussian head.
 
-They are no ``nn.Linear``: an initialiser or a tool that goes through all linear layers of a model
-means those of the host. Each layer is a module that is called, since FSDP gathers weights in its
-hooks.
+These are no ``nn.Linear``, so that an initialiser or tool that goes through all linear layers of a
+model finds those of the host alone. Each is called as a module: FSDP gathers weights in its hooks.
 """
 
 from __future__ import annotations
@@ -66,10 +65,10 @@ class Logvar(Affine):
 
     def is_at_start(self) -> bool:
         """Whether the weights are those of the start; waits for the device."""
-        # Modes that watch or record must not see this: a second run of checkpointed code, which
-        # they compare with the first, does not ask again.
+        # Modes that record operations compare a second run of checkpointed code with the first.
+        # They must not see this check, which the second run does not repeat.
         with torch.no_grad(), without_modes():
-            # About: other dtypes round the bias, and .double() keeps what float32 has rounded.
+            # Near, not equal: half precision rounds the bias, and .double() keeps that.
             is_near = (self.bias - self._start).abs() < 0.05
             return not bool(self.weight.any()) and bool(is_near.all())
 
@@ -78,7 +77,7 @@ def checked_std(init_std: float) -> float:
     """``init_std`` as a float, if a log-variance can start there.
 
     Raises:
-        ValueError: If it is no number within the bounds of a learned standard deviation.
+        ValueError: If ``init_std`` is no number within the bounds of a learned standard deviation.
     """
     if not (is_number(init_std) and math.isfinite(init_std) and init_std > 0):
         raise ValueError(f"init_std must be a positive number, got {init_std!r}.")

@@ -1,4 +1,4 @@
-"""Hangs a Gaussian head on a module that is there, and takes it off again."""
+"""Hangs a Gaussian head on a module, and takes the head off again."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NAME = "gaussian"
 
 
 class Attached:
-    """A head on a module: what :func:`attach` returns, and ``ClimbLoss(heads=...)`` takes.
+    """A head on a module: made by :func:`attach`, taken by ``ClimbLoss(heads=...)``.
 
-    Attributes of the head can be read through it.
+    Attributes of the head can be read from this handle.
 
     Attributes:
         head: The student's head.
@@ -40,13 +40,13 @@ class Attached:
         self._hung = hung
 
     def remove(self) -> None:
-        """Takes the heads off again; student and teacher are what they were before."""
+        """Takes the heads off again; student and teacher are as they were before."""
         modules = [self.student] if self.teacher is None else [self.student, self.teacher]
         for hung, module in zip(self._hung, modules, strict=True):
             hung.remove(module)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "head" not in self.__dict__:  # while it is copied
+        if name.startswith("__") or "head" not in self.__dict__:  # during a copy
             raise AttributeError(name)
         return getattr(self.head, name)
 
@@ -60,9 +60,9 @@ def attach(
 ) -> Attached:
     """Hangs a Gaussian head on ``student``, and a frozen twin on ``teacher``.
 
-    A forward hook samples; no layer is added, so indices, ``len`` and the keys of the state dict
-    mean what they meant. Its parameters are hosted by one of the layers, under ``gaussian``.
-    Call it before the optimiser is built: they are new.
+    A forward hook samples; no layer is added, so indices, ``len`` and state dict keys keep their
+    meaning. One of the layers hosts the head's parameters, under ``gaussian``. Attach before the
+    optimiser is built, which would miss these new parameters.
 
     Args:
         student: The projection head that is trained.
@@ -93,7 +93,7 @@ def attach(
 
 
 def checked_place(student: nn.Module, *, teacher: nn.Module | None, at: str) -> Place:
-    """Finds where :func:`attach` hangs its head, and changes nothing.
+    """Finds the place of the head for :func:`attach`, and changes nothing.
 
     Raises:
         TypeError: As :func:`attach`.
@@ -109,13 +109,13 @@ def checked_place(student: nn.Module, *, teacher: nn.Module | None, at: str) -> 
 def hang(
     place: Place, student: nn.Module, teacher: nn.Module | None, *, init_std: float
 ) -> Attached:
-    """Hangs a head in a place that was found, and a frozen twin on ``teacher``."""
+    """Hangs a head in a given place, and a frozen twin on ``teacher``."""
     parameter = next(student.parameters())
     with torch.device(parameter.device):
         head = GaussianHead(place.width, init_std=init_std).to(parameter.dtype)
     hung = [_Hung(head, place)]
     if teacher is not None:
-        # A copy: to build one would begin the noise of a run.
+        # A copy: building a second head would restart the noise.
         hung.append(_Hung(copy.deepcopy(head).requires_grad_(False), place))
         hung[1].hang(teacher)
     hung[0].hang(student)
@@ -124,9 +124,9 @@ def hang(
 
 @dataclass(eq=False)
 class _Hung:
-    """A head that hangs on a module; its methods are the hooks, so a copy of the module takes it.
+    """A head that hangs on a module; the hooks are methods, so a copied module has a copied head.
 
-    It must not refer to the module: nothing but the garbage collector would free that circle.
+    This object must not refer to the module: only the garbage collector would free that cycle.
     """
 
     head: GaussianHead
@@ -171,9 +171,9 @@ class _Hung:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.place.is_shared:
             self._inside = True
-        # Not the head's mode: a head that was lost would not know that the module trains.
+        # Not the head's mode: train() no longer reaches a head that was lost.
         trains = module.training and torch.is_grad_enabled()
-        # A replica has the original's hooks and layers of its own; it is refused where it samples.
+        # A replica has the original's hooks but layers of its own; `_sampled` refuses replicas.
         if trains and not torch.compiler.is_compiling() and not is_replica(module):
             self._check(module)
         return self._sample_input(module, args, kwargs) if self.place.before else None
@@ -182,7 +182,7 @@ class _Hung:
         self._inside = False
 
     def _sample_output(self, part: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        # A backward pass may run a part of the module alone again: then it is the module's too.
+        # Other modules use the part unsampled; a backward pass may run the part alone again.
         if self.place.is_shared and not self._inside and backward_pass() is None:
             return output
         return self._sampled(part, output)
@@ -216,7 +216,7 @@ class _Hung:
         return sample
 
     def _is_flattened_within(self, embedding: object) -> bool:
-        """Whether a module that begins by flattening was given what a pooling layer returns."""
+        """Whether a module that begins by flattening was given a pooling layer's output."""
         width = self.head.in_features
         return (
             self.place.before
@@ -226,10 +226,10 @@ class _Hung:
         )
 
     def _check(self, module: nn.Module) -> None:
-        """Sees to it that the head is where it was hung, though the host was taken apart.
+        """Checks that the head still acts in its place: layers may have been replaced since.
 
         Raises:
-            RuntimeError: If something of it was lost.
+            RuntimeError: If the layer that holds the head, or the sampled one, is gone.
         """
         if not any(part is self.head for part in module.modules()):
             raise RuntimeError(
@@ -248,18 +248,18 @@ class _Hung:
                 "(unwrap) and wrap the loss after it."
             ) from error
         if not has_hook(part, self._handles[1].id):
-            # Replaced by a conversion (synchronised batch norm, LoRA): on with what is there now.
+            # A conversion (synchronised batch norm, LoRA) replaced the layer: hook the new one.
             self._handles[1].remove()
             self._handles[1] = self._hook(part)
 
 
 def _host(module: nn.Module, place: Place) -> nn.Module:
-    """The layer whose child the head becomes, so that its parameters are in the model.
+    """The layer whose child the head becomes, so that the head's parameters are in the model.
 
-    The last layer without parameters, such as an activation, of those that the module has only
-    once. Whoever indexes, freezes, saves or cuts off a layer with parameters finds those of the
-    host alone. (Those of a DINO head's prototypes even lose their gradients in the first epoch.)
-    Where there is none: the last layer of what the head acts on.
+    That is the last layer without parameters, such as an activation, that the module has only once.
+    A layer with parameters may be indexed, frozen, saved or cut off, and then must hold none of
+    CLIMB's. (A DINO head's prototypes even lose their gradients in the first epoch.) If there is no
+    such layer: the last layer of the part that the head acts on.
     """
     names: list[nn.Module] = [part for _, part in module.named_modules(remove_duplicate=False)]
     leaves = [part for part in names if names.count(part) == 1 and not any(part.children())]

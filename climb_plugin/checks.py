@@ -16,11 +16,11 @@ _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, tor
 
 
 def checked_number(name: str, value: float) -> float:
-    """``value`` as a float, if it is a number of 0 or more; messages call the value ``name``.
+    """``value`` as a float, if a number of 0 or more; messages call the value ``name``.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is negative or not finite.
+        TypeError: If the value is no number.
+        ValueError: If the value is negative or not finite.
     """
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}.")
@@ -30,10 +30,10 @@ def checked_number(name: str, value: float) -> float:
 
 
 def checked_step(step: int) -> int:
-    """``step`` as an int, if it can be a count of optimiser steps.
+    """``step`` as an int, if fit for a count of optimiser steps.
 
     Raises:
-        ValueError: If it is no int of 0 or more.
+        ValueError: If ``step`` is no int of 0 or more.
     """
     if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
         raise ValueError(f"step must be an int of 0 or more, got {step!r}.")
@@ -41,10 +41,10 @@ def checked_step(step: int) -> int:
 
 
 def checked_width(name: str, value: int) -> int:
-    """``value`` as an int, if it can be the width of an embedding; numpy's integers can.
+    """``value`` as an int, if fit for the width of an embedding; numpy's integers are.
 
     Raises:
-        ValueError: If it is no positive integer.
+        ValueError: If the value is no positive integer.
     """
     try:
         width = operator.index(value)

@@ -1,4 +1,4 @@
-"""Keeps what is CLIMB's of one criterion: settings, terms, step and state."""
+"""Keeps CLIMB's own part of one criterion: settings, terms, step and state."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Climb:
         check_base: Whether the base loss must be finite.
 
     Attributes:
-        observers: Called with the terms of every call of the loss, and whether a posterior was
-            involved; for hosts that log them. A copy has none.
-        watches: Whether terms that are not finite raise and collapses warn. A host's search for a
-            learning rate, which may run into infinity, sets it to False.
-        watch: What looks on at the training.
+        observers: Functions that get the terms of every call of the loss, and whether a posterior
+            was involved; for hosts that log. A copy of the criterion has none.
+        watches: Whether terms that are not finite raise and collapses warn. A host sets False
+            during a search for a learning rate, which may run into infinity.
+        watch: The checks of the training.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Climb:
         """Weight of the conditional entropy; can be set.
 
         Raises:
-            TypeError: If it is set to no number.
-            ValueError: If it is set to a number that is negative or not finite.
+            TypeError: If set to no number.
+            ValueError: If set to a number that is negative or not finite.
         """
         return self._alpha
 
@@ -94,9 +94,9 @@ class Climb:
         """Beta over the optimiser steps; can be set, to a number too.
 
         Raises:
-            TypeError: If it is set to neither a number nor a schedule.
-            ValueError: If a number is out of range, or nothing is there to act on; if a target
-                rate lies within the free nats or belongs to another loss.
+            TypeError: If set to neither a number nor a schedule.
+            ValueError: If a number is out of range, or there is no head to act on; if a target rate
+                lies within the free nats or belongs to another loss.
         """
         return self._schedule
 
@@ -113,7 +113,7 @@ class Climb:
         self._schedule = schedule
 
     def lay(self, total_steps: int | None) -> None:
-        """Lays the schedule over a training; its state goes on.
+        """Lays the schedule over a training; the state of the schedule is kept.
 
         Args:
             total_steps: As in :meth:`~climb_plugin.schedule.base.Schedule.over`.
@@ -142,7 +142,7 @@ class Climb:
         """The weight of the bottleneck at the current step.
 
         Raises:
-            AttributeError: If it cannot be told yet.
+            AttributeError: If beta cannot be told yet.
         """
         try:
             return float(self.weight())
@@ -155,11 +155,14 @@ class Climb:
 
     @property
     def step(self) -> int:
-        """The current optimiser step, which is the number of those done."""
+        """The current optimiser step: the number of steps done."""
         return self.watch.steps.count
 
     def set_step(self, step: int) -> None:
         """Says where the count of optimiser steps stands; the count goes on from there.
+
+        Backward passes count if the optimiser is none of torch's; there call set_step before each
+        step.
 
         Raises:
             ValueError: If ``step`` is not an int of 0 or more.
@@ -167,7 +170,7 @@ class Climb:
         self.watch.steps.set_to(checked_step(step))
 
     def show(self, terms: ClimbTerms, *, is_regularised: bool) -> None:
-        """Keeps the terms of a call, and shows them to who observes."""
+        """Keeps the terms of a call, and passes them to the observers."""
         self._terms = terms
         for observer in self.observers:
             observer(terms, is_regularised)
@@ -180,7 +183,7 @@ class Climb:
     def state(self) -> dict[str, Any]:
         """As :meth:`~climb_plugin.ClimbLoss.climb_state`."""
         state: dict[str, Any] = {"step": self.step, **self.config()}
-        # The same keys in every step: sharded checkpoints load those that a state has before.
+        # The same keys at every step: sharded checkpoints load only keys of the present state.
         own = self.schedule.state()
         if own:
             state["schedule"] = {type(self.schedule).__name__: own}
@@ -220,7 +223,7 @@ class Climb:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        # Who watches the original in a training of a host knows nothing of a copy.
+        # A host observes the original; terms of a copy would get into the original's log.
         return {**self.__dict__, "observers": [], "watches": True}
 
 

@@ -1,6 +1,6 @@
 """Asks torch.distributed for this process's place among the ranks.
 
-Nothing is remembered: a process group may be made after the model.
+No answer is cached: a process group may be made after the model.
 """
 
 from __future__ import annotations

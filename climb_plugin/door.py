@@ -1,4 +1,4 @@
-"""Makes a criterion the door to its base loss: what is not CLIMB's is read and set there."""
+"""Makes a criterion the door to its base loss, for attributes, buffers and state dicts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from climb_plugin.head import GaussianHead
 
 _METADATA = "climb"
 _OWN = frozenset({"base", "climb", "climb_priors"})
-# Names that torch's modules have of their own (type, half, ...); a base may mean something else.
+# Names of all torch modules (type, half, ...), by which a base may mean something else.
 _OF_TORCH = frozenset(name for name in dir(nn.Module) if not name.startswith("_")) - {"forward"}
 
 
 class Short:
-    """A short name for an attribute of ``criterion.climb``, where the base has no such name.
+    """A short name for an attribute of ``criterion.climb``, if the base has no such name.
 
-    Where both have it, nobody can tell whose is meant, so reading and setting raise.
+    If both have the name, nobody can tell whose is meant, so reading and setting raise.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -50,9 +50,9 @@ class Short:
 
 
 class Door(nn.Module):
-    """A module around ``base`` that has a ``climb``; see the module's docstring.
+    """A module around ``base`` that has a ``climb``.
 
-    The keys of its state dict are those of the base. CLIMB's own state is in the metadata.
+    The keys of the state dict are those of the base. CLIMB's own state is in the metadata.
     """
 
     base: Callable[..., Any]
@@ -72,7 +72,7 @@ class Door(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if isinstance(getattr(type(self), name, None), Short):
-            # Its AttributeError has led here; the climb's own says more than "no attribute".
+            # Short's AttributeError has led here; climb's own says more than "no attribute".
             if hasattr(_base_of(self), name):
                 raise AttributeError(_clash(name))
             return getattr(self.__dict__["climb"], name)
@@ -108,7 +108,7 @@ class Door(nn.Module):
         return sorted({*own, *dir(_base_of(self))})
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Registers it on the base, if that is a module."""
+        """Registers the buffer on the base, if that is a module."""
         base = _base_of(self)
         if isinstance(base, nn.Module):
             base.register_buffer(name, tensor, persistent)
@@ -116,7 +116,7 @@ class Door(nn.Module):
             super().register_buffer(name, tensor, persistent)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Registers it on the base, if that is a module."""
+        """Registers the parameter on the base, if that is a module."""
         base = _base_of(self)
         if isinstance(base, nn.Module):
             base.register_parameter(name, param)
@@ -124,7 +124,7 @@ class Door(nn.Module):
             super().register_parameter(name, param)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Adds it to the base, if that is a module."""
+        """Adds ``module`` to the base, if that is a module."""
         base = _base_of(self)
         if isinstance(base, nn.Module):
             base.add_module(name, module)
@@ -136,11 +136,11 @@ class Door(nn.Module):
         self.add_module(name, module)
 
     def get_buffer(self, target: str) -> Tensor:
-        """A buffer, of the base if that has it."""
+        """A buffer of the base, or of the criterion under one of CLIMB's own names."""
         return self._looked_up("get_buffer", target)
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """A parameter, of the base if that has it."""
+        """A parameter of the base, or of the criterion under one of CLIMB's own names."""
         return self._looked_up("get_parameter", target)  # type: ignore[return-value]
 
     def _looked_up(self, how: str, target: str) -> Tensor:
@@ -160,13 +160,14 @@ class Door(nn.Module):
             return False
         if hasattr(type(self), name):
             return True
-        # A function takes attributes too, but it may be torch's, and used elsewhere.
+        # Not set on a function, which may be torch's and used elsewhere.
         return not isinstance(base, nn.Module) and not hasattr(base, name)
 
     def _guarded(self, name: str, value: Any) -> Any:
-        """What the base has under a name, but nothing that depends on a sample.
+        """An attribute of the base; raises if the value depends on a sample.
 
-        Such a value would go on without its rate. Of a method the result is looked at.
+        Past the criterion such a value would be trained without the rate. Of a method the result is
+        checked.
         """
         heads = set(self.climb.heads)
         if not heads:

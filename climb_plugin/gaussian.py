@@ -1,8 +1,8 @@
 """Computes rates and entropies of diagonal Gaussians, in nats.
 
-Unless a function says otherwise, all its arguments are floating-point tensors of one shape
-(..., B, D), and it returns one value for each row, of shape (..., B): the sum over the last
-dimension. Half precision is computed and returned in float32, float64 in float64.
+Unless a function says otherwise, all arguments are floating-point tensors of one shape (..., B, D),
+and the result has one value per row, in shape (..., B): the sum over the last dimension. Half
+precision is computed and returned in float32, float64 in float64.
 
 Raises:
     TypeError: From each function, if an argument is not a floating-point tensor.
@@ -156,7 +156,7 @@ def unbound_logvar(logvar: float) -> float:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it has that: the precision of all statistics."""
+    """The tensor in float32 (float64 stays float64), the precision of all statistics."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -165,7 +165,7 @@ def _half_sum(per_dimension: Tensor) -> Tensor:
 
 
 def checked(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in float32, or all in float64 if one is, if they are what this module takes."""
+    """The tensors in float32, or all in float64 if one is; raises as this module says."""
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected a tensor, got {type(tensor).__name__}: {tensor!r}.")

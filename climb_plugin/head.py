@@ -28,22 +28,22 @@ R = TypeVar("R")
 class GaussianHead(nn.Module):
     """Turns an embedding into a sample of a Gaussian whose variance is learned.
 
-    It samples where a gradient flows through it: in training mode, with gradients enabled, if the
-    embedding or one of its parameters requires one. Everywhere else, in ``eval()``, under
-    ``torch.no_grad()`` or frozen, it passes on the mean; so a frozen copy is a teacher by itself.
-    Its statistics are computed in float32 outside autocast (float64 stays float64); what it
-    returns has the dtype of the embedding. :class:`~climb_plugin.loss.ClimbLoss` finds the
-    posteriors of the samples that its base loss depends on; nothing has to be passed along.
+    A head samples if a gradient flows through it: in training mode, with gradients enabled, if the
+    embedding or a parameter of the head requires one. Otherwise, in ``eval()``, under
+    ``torch.no_grad()`` or frozen, the head passes on the mean; so a frozen copy is a teacher by
+    itself. Statistics are computed in float32 outside autocast (float64 stays float64); the output
+    has the dtype of the embedding. :class:`~climb_plugin.loss.ClimbLoss` finds the posteriors of
+    the samples that its base loss depends on; nothing has to be passed along.
 
-    ``GaussianHead(dim)`` takes the embedding as the mean, so the wrapped model computes what it
-    did before, up to noise of ``init_std``. ``GaussianHead(in_features, out_features)`` learns
-    a linear mean. Both learn the log-variance as a linear function of the embedding.
+    ``GaussianHead(dim)`` takes the embedding as the mean, so the wrapped model computes the same as
+    before, up to noise of ``init_std``. ``GaussianHead(in_features, out_features)`` learns a linear
+    mean. Both learn the log-variance as a linear function of the embedding.
 
-    The noise follows ``torch.manual_seed`` and leaves torch's own random numbers where they were.
-    No two calls share noise, whichever heads they are. To build a head begins the noise of a run
-    anew, so that a run that is repeated in one process is the same: build all heads of a model
-    before you call one. A seed that is set again and again (in each epoch) brings back what it
-    brings back in torch, such as dropout's masks: set seed + epoch.
+    The noise follows ``torch.manual_seed`` and leaves torch's own random numbers untouched. No two
+    calls share noise, of one head or several. Building a head restarts the noise, so that a run
+    repeated in one process is the same: build all heads of a model before you call one. A seed that
+    is set again and again (in each epoch) repeats the noise, as it repeats dropout's masks: set
+    seed + epoch.
 
     Args:
         in_features: Width of the embedding.
@@ -56,8 +56,8 @@ class GaussianHead(nn.Module):
     Shape:
         Input (..., B, in_features), output (..., B, out_features).
 
-    Source: Alemi et al., Deep Variational Information Bottleneck, 2017. Where the Gaussian sits
-    and how its variance is bounded are choices of this package, not of the CLIMB paper.
+    Source: Alemi et al., Deep Variational Information Bottleneck, 2017. The place of the Gaussian
+    and the bounds of the variance are choices of this package, not of the CLIMB paper.
 
     Examples:
         >>> head = GaussianHead(256)
@@ -81,14 +81,14 @@ class GaussianHead(nn.Module):
         self.init_std = checked_std(init_std)
         self.mean = None if out_features is None else Mean(self.in_features, self.out_features)
         self.logvar = Logvar(self.in_features, self.out_features, init_std=self.init_std)
-        # The numbers of the last calls, by what came of them: for messages.
+        # The number of the last call with each outcome, for messages.
         self.last_calls: dict[str, int] = {}
-        self._is_started = False  # Whether it has sampled, or was given other weights on purpose.
+        self._is_started = False  # Whether the head has sampled, or has loaded weights.
         self.register_load_state_dict_post_hook(_start)  # type: ignore[no-untyped-call]
         noise.begin()
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """A sample of the posterior where a gradient flows, its mean elsewhere."""
+        """A sample of the posterior if a gradient flows, else the mean."""
         if self.training and torch.is_grad_enabled():
             return outside_compiled_code(self._sample)(embedding)
         if not torch.compiler.is_compiling():
@@ -111,14 +111,14 @@ class GaussianHead(nn.Module):
 
         Raises:
             TypeError: If ``embedding`` is not a floating-point tensor.
-            ValueError: If its shape does not fit.
+            ValueError: If the shape does not fit.
         """
         self._check(embedding)
         with _no_autocast(embedding):
             wide = widened(embedding)
             mean = wide if self.mean is None else self.mean(wide)
             logvar = self.logvar(wide)
-            # FSDP's mixed precision, where it is applied to a layer, casts what goes through it.
+            # FSDP's mixed precision, if applied to a layer, casts that layer's output: cast back.
             return Posterior(mean.to(wide.dtype), bound_logvar(logvar.to(wide.dtype)))
 
     def reset_parameters(self) -> None:
@@ -128,7 +128,7 @@ class GaussianHead(nn.Module):
         self.logvar.reset_parameters()
 
     def _sample(self, embedding: Tensor) -> Tensor:
-        if isinstance(embedding, torch.fx.Proxy):  # of symbolic tracing, which follows no sample
+        if isinstance(embedding, torch.fx.Proxy):  # symbolic tracing follows no sample
             return self.embed(embedding)
         if is_replica(self):
             raise RuntimeError(
@@ -146,7 +146,7 @@ class GaussianHead(nn.Module):
                 "a GaussianHead in training cannot run under torch.vmap: CLIMB could not tell the "
                 "posteriors of the samples apart. Loop over the models or samples, or use eval()."
             )
-        # Not the parameters: FSDP flattens them and functional_call puts others in their place.
+        # Not asked of the parameters, which FSDP flattens and functional_call replaces.
         if not (posterior.mean.requires_grad or posterior.logvar.requires_grad):
             self._note("frozen")
             return self.embed(embedding)
@@ -181,7 +181,7 @@ class GaussianHead(nn.Module):
         if not isinstance(embedding, Tensor) or not embedding.is_floating_point():
             received = getattr(embedding, "dtype", type(embedding).__name__)
             raise TypeError(f"GaussianHead takes floating-point embeddings, got {received}.")
-        # A size is a tensor then, and asking for its value warns.
+        # In tracing a size is a tensor, and asking for the value warns.
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return
         if embedding.ndim < 2 or embedding.shape[-1] != self.in_features:
@@ -192,7 +192,7 @@ class GaussianHead(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """The widths and ``init_std``."""
         return f"{self.in_features}, {self.out_features}, init_std={self.init_std}"
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -211,8 +211,7 @@ def _start(head: nn.Module, *_: object) -> None:
 def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
     """Makes torch.compile step around ``function``: one graph break.
 
-    ``torch.compiler.disable`` as a decorator would import the compiler with this package, which
-    takes a second.
+    As a decorator ``torch.compiler.disable`` would import the compiler with this package: a second.
     """
 
     @functools.wraps(function)

@@ -28,43 +28,42 @@ Heads: TypeAlias = GaussianHead | Attached | Sequence[GaussianHead | Attached]
 class ClimbLoss(Door):
     """``base + beta * (rate + alpha * entropy)``, called exactly like ``base``.
 
-    Every call adds the terms of all posteriors of its heads that the value of the base loss
-    depends on, and of no others. So a criterion that is called once per view and averaged adds
-    the rate once, an output that is not used adds nothing, and a teacher's mean adds nothing.
-
-    Under ``torch.no_grad()``, or with every head in ``eval()``, the value is that of the base
-    loss alone.
+    Every call adds the terms of those posteriors of the loss's heads that the value of the base
+    loss depends on, and of no others. So a criterion that is called once per view and averaged adds
+    the rate once; an unused output and a teacher's mean add nothing. Under ``torch.no_grad()``, or
+    with every head in ``eval()``, the value is that of the base loss alone.
 
     The criterion is the door to the base: attributes of the base (``center``, ``teacher_temp``,
-    ...) are read, set and deleted through it, and their state dicts are interchangeable: the keys
-    are those of the base (plus the parameters of a prior), and the step of the schedule travels
-    in the metadata. CLIMB's own is in ``criterion.climb``; for most of that there is a short name
-    (``criterion.terms``, ``criterion.beta``). A short name that the base has as well raises. So
-    does a method of the base whose result depends on a sample.
+    ...) are read, set and deleted through the criterion, and the state dicts of both are
+    interchangeable: the keys are those of the base (plus the parameters of a prior), and the step
+    of the schedule travels in the metadata. CLIMB's own attributes are in ``criterion.climb``, most
+    of them with a short name (``criterion.terms``, ``criterion.beta``). A short name that the base
+    has as well raises; so does a method of the base whose result depends on a sample.
 
     Args:
         base: A loss: any callable or module that returns a scalar tensor.
-        heads: The head, or the heads, whose samples the loss is computed from; the rates of
-            several heads add up. What :func:`~climb_plugin.attach.attach` returns is a head.
+        heads: The head, or the heads, whose samples the loss is computed from; the rates of several
+            heads add up. The result of :func:`~climb_plugin.attach.attach` counts as a head.
         beta: As in :class:`~climb_plugin.settings.Settings`, like the next four.
         alpha: Weight of the conditional entropy.
-        prior: What the rate is measured to; with several heads a function makes one for each.
+        prior: The distribution that the rate is measured to; with several heads a function makes
+            one for each.
         views: How many views each forward call of a head holds.
         free_nats: Nats that cost nothing.
-        check_base: Whether a NaN or infinite base loss raises. False where the host lives with
-            one (solo-learn's deepclusterv2, in its first epoch); rate and entropy are checked.
+        check_base: Whether a NaN or infinite base loss raises. False for a host that lives with one
+            (solo-learn's deepclusterv2, in its first epoch); rate and entropy are checked anyway.
 
     Raises:
-        TypeError: If ``base`` is not callable, ``heads`` are not heads, or an option has the
-            wrong type.
+        TypeError: If ``base`` is not callable, ``heads`` are not heads, or an option has the wrong
+            type.
         ValueError: If ``base`` is or holds a ClimbLoss; if an option is out of range; if there is
-            no head while beta is not 0; if a target rate lies within the free nats, or belongs
-            to another loss.
+            no head while beta is not 0; if a target rate lies within the free nats, or belongs to
+            another loss.
 
     Source: the objective reads Li et al., Contrastive Learning via Variational Information
-    Bottleneck, TPAMI 47(9), 2025 (of which only the abstract was at hand) with the bound of
-    Alemi et al., Deep Variational Information Bottleneck, 2017; prior, place and beta are
-    choices of this package, not the paper's.
+    Bottleneck, TPAMI 47(9), 2025 (of which only the abstract was at hand) with the bound of Alemi
+    et al., Deep Variational Information Bottleneck, 2017; prior, place and beta are choices of this
+    package, not the paper's.
 
     Examples:
         >>> head = GaussianHead(8)
@@ -116,16 +115,16 @@ class ClimbLoss(Door):
         """The base loss of these arguments, passed on verbatim, plus the bottleneck.
 
         Returns:
-            A scalar tensor; a tensor with one element if that is what the base returns.
+            A scalar tensor; a tensor with one element if the base returns one.
 
         Raises:
-            RuntimeError: If a head that trains has no sample that the base loss depends on; if
-                a target rate meets the ``join()`` of DistributedDataParallel; under vmap.
+            RuntimeError: If the base loss depends on no sample of a head that trains; if a target
+                rate meets the ``join()`` of DistributedDataParallel; under vmap.
             TypeError: If the base loss returns no tensor.
-            ValueError: If the base loss returns more than a scalar; if a prior that compares
-                views finds views that do not pair up; if a term is NaN or infinite: the message
-                names it. On CUDA that comes a step or so late, because the check does not wait
-                for the device.
+            ValueError: If the base loss returns more than a scalar; if a prior that compares views
+                finds views that do not pair up; if a term is NaN or infinite: the message names the
+                term. On CUDA this error comes a step or so late, as the check does not wait for the
+                device.
         """
         with self.climb.watch.nesting:
             value = _checked_scalar(self.base(*args, **kwargs))
@@ -133,18 +132,18 @@ class ClimbLoss(Door):
         return total
 
     def climb_state(self) -> dict[str, Any]:
-        """What a resumed run needs, in numbers and strings; part of the state dict's metadata.
+        """Step, settings and noise position for a resumed run, in numbers and strings.
 
-        For hosts that keep a loss out of their checkpoints. Waits for the device if beta lives
-        there. To resume to the bit, save torch's random state at the same moment.
+        The state dict has them in its metadata. torch.distributed.checkpoint drops the metadata of
+        state dicts: keep this beside such a checkpoint, or where a host saves no loss. Waits for
+        the device if beta lives there. To resume to the bit, save torch's random state at the same
+        moment.
         """
         state: dict[str, Any] = self.climb.state()
         return state
 
     def load_climb_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what :meth:`climb_state` returned.
-
-        Warns of each setting that was another one.
+        """Goes on from a :meth:`climb_state`; warns of each setting that was another one.
 
         Raises:
             ValueError: If ``state`` is something else; then nothing is changed.
@@ -152,18 +151,18 @@ class ClimbLoss(Door):
         self.climb.load_state(state)
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """The settings and the number of heads."""
         shown = {**self.climb.config(), "heads": str(len(self.climb.heads))}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 class Bottleneck(NamedTuple):
-    """What :func:`bottleneck` returns, with its graph.
+    """The result of :func:`bottleneck`, with its graph.
 
     Attributes:
         rate: Nats, a scalar.
         entropy: The conditional entropy in nats, a scalar.
-        penalty: What beta multiplies: the rate above the free nats + alpha * entropy.
+        penalty: The term that beta multiplies: the rate above the free nats + alpha * entropy.
         rates: For each head the rates of its samples, each a vector.
     """
 
@@ -186,8 +185,8 @@ def bottleneck(
 
     Args:
         priors: One for each head.
-        posteriors: For each head those of its samples, at least one.
-        alpha: Weight of the conditional entropy; with 0 that has no gradient.
+        posteriors: For each head at least one.
+        alpha: Weight of the conditional entropy; with 0 the entropy has no gradient.
         free_nats: Nats of each sample and head that cost nothing.
 
     Raises:
@@ -218,7 +217,7 @@ def bottleneck(
 
 
 def _with_bottleneck(criterion: ClimbLoss, value: Tensor) -> Tensor:
-    """The value of the base loss plus the bottleneck of the posteriors that it depends on."""
+    """The value of the base loss plus the bottleneck of the posteriors behind that value."""
     climb: Climb = criterion.climb
     if is_batched(value):
         raise RuntimeError(
@@ -245,12 +244,12 @@ def _with_bottleneck(criterion: ClimbLoss, value: Tensor) -> Tensor:
         )
     if added.penalty.requires_grad:
         climb.trains(scalar, added.penalty)
-    # A view as the output of a module that FSDP shards would make it warn.
+    # FSDP warns if a module that it shards returns a reshaped alias of another tensor.
     return total if value.ndim == 0 else total.reshape(value.shape)
 
 
 def _samples(value: Tensor, climb: Climb) -> list[list[Sample]]:
-    """For each head the samples that a value depends on; none in evaluation."""
+    """For each head the samples behind a value; none in evaluation."""
     if not climb.heads or not torch.is_grad_enabled():
         return [[] for _ in climb.heads]
     samples = samples_behind(value, set(climb.heads))
@@ -260,7 +259,7 @@ def _samples(value: Tensor, climb: Climb) -> list[list[Sample]]:
 
 
 def _posteriors(samples: Sequence[Sample]) -> list[Posterior]:
-    """The posteriors of samples; without those of empty selections, whose mean would be NaN."""
+    """The posteriors of samples, without those of empty selections: their means would be NaN."""
     posteriors = [sample.intact_posterior() for sample in samples]
     return [posterior for posterior in posteriors if posterior.mean.numel() > 0]
 

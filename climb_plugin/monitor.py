@@ -64,12 +64,12 @@ def active_dimensions(mean: Tensor, logvar: Tensor, *, threshold: float = ACTIVE
 def signal_to_noise(mean: Tensor, logvar: Tensor) -> Tensor:
     """For each dimension, the variance of the mean over the batch by the mean variance.
 
-    What a sample says about its view drowns in the noise where this is well below 1. A Gaussian
-    channel with this ratio carries 1/2 ln(1 + ratio) nats (Shannon, 1948).
+    Well below 1 the noise drowns the information of a sample on its view. A Gaussian channel with
+    this ratio carries 1/2 ln(1 + ratio) nats (Shannon, 1948).
 
     Returns:
         Ratios, of shape (D,): variances over B (divided by B) and exp(logvar), each averaged over
-        everything else, then divided. 0 for a constant mean, also where B is 1.
+        everything else, then divided. 0 for a constant mean, also for B = 1.
 
     Examples:
         >>> signal_to_noise(torch.tensor([[-3.0, 1.0], [3.0, 1.0]]), torch.zeros(2, 2))
@@ -84,14 +84,12 @@ def signal_to_noise(mean: Tensor, logvar: Tensor) -> Tensor:
 def effective_rank(mean: Tensor) -> Tensor:
     """How many directions the means spread over: exp of the entropy of the singular values.
 
-    Of the centred means, taken as one matrix of rows: the common offset of all embeddings says
-    nothing about an image, and its singular value would hide the others.
-
-    On CUDA the singular values make the host wait (torch.linalg.svdvals does): not for every
-    training step.
+    The means are centred and taken as one matrix of rows: the common offset of all embeddings says
+    nothing about an image, and would hide the other singular values. On CUDA torch.linalg.svdvals
+    waits for the device: not for every training step.
 
     Returns:
-        A scalar from 1 to min(rows - 1, D); 0 where all rows are equal.
+        A scalar from 1 to min(rows - 1, D); 0 if all rows are equal.
 
     Raises:
         torch.linalg.LinAlgError: If ``mean`` is not finite.
@@ -108,7 +106,7 @@ def effective_rank(mean: Tensor) -> Tensor:
     """
     (mean,) = checked(mean)
     rows = _rows(mean)
-    # Less the first: equal rows are then exactly 0, whatever rounds in their mean.
+    # Less the first row: equal rows are then exactly 0, however their mean is rounded.
     rows = rows - rows[:1]
     values = torch.linalg.svdvals(rows - rows.mean(dim=0))
     total = values.sum()
@@ -121,14 +119,14 @@ def effective_rank(mean: Tensor) -> Tensor:
 def normalized_std(embedding: Tensor) -> Tensor:
     """The spread of the directions of the embeddings: about 1 is healthy, 0 is collapsed.
 
-    The standard deviation over the batch of each dimension of the L2-normalised embedding,
-    averaged over dimensions, times sqrt(D).
+    The standard deviation over the batch of each dimension of the L2-normalised embedding, averaged
+    over dimensions, times sqrt(D).
 
     Returns:
-        A scalar from 0 to 1, averaged over leading dimensions; 0 where B is 1.
+        A scalar from 0 to 1, averaged over leading dimensions; 0 for B = 1.
 
     Source: Chen and He, Exploring Simple Siamese Representation Learning, 2021, figure 2. The
-    variance is divided by B here, not B - 1, so that 1 is the most it can be.
+    variance is divided by B here, not B - 1, so that 1 is the maximum.
 
     Examples:
         >>> normalized_std(torch.tensor([[3.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -1.0]]))
@@ -146,23 +144,23 @@ def teacher_entropy(
 ) -> Tensor:
     """Entropy of each row's softmax((logits - center) / temperature), over ln K.
 
-    A teacher as DINO's collapses in two ways. Uniform: every row is at 1. One class for all:
-    every row is at 0, and so is the mean over the rows. Rows near 0 alone are only confident: it
-    is the entropy of their mean that tells, which is this function of its logits,
-    ``log_softmax((logits - center) / temperature, dim=-1).logsumexp(dim=-2)``.
+    A teacher like DINO's collapses in two ways. Uniform: every row is at 1. One class for all:
+    every row is at 0, and so is the entropy of the rows' mean. Rows at 0 alone are only confident:
+    the entropy of their mean decides, which is this function of the logits ``log_softmax((logits -
+    center) / temperature, dim=-1).logsumexp(dim=-2)``.
 
     Args:
         logits: The teacher's outputs, of shape (..., K).
         temperature: The teacher's.
-        center: What is subtracted first; its shape broadcasts against that of ``logits``.
+        center: Subtracted first; must broadcast against the shape of ``logits``.
 
     Returns:
         Numbers from 0 (one class) to 1 (uniform), of shape (...).
 
     Raises:
         TypeError: If ``logits`` is not a floating-point tensor.
-        ValueError: If there are fewer than two classes, the temperature is not a positive number
-            or the shape of ``center`` does not fit.
+        ValueError: If there are fewer than two classes, the temperature is not a positive number or
+            the shape of ``center`` does not fit.
 
     Examples:
         >>> teacher_entropy(torch.tensor([[1.0, 1.0, 1.0], [90.0, 0.0, 0.0]]), temperature=0.04)
@@ -202,7 +200,7 @@ def _check_center(center: Tensor, logits: Tensor) -> None:
 
 
 class Measurements(NamedTuple):
-    """What :func:`measure` returns; detached.
+    """The result of :func:`measure`, detached.
 
     Attributes:
         rate: Nats per dimension to N(0, I), of shape (D,): :func:`rate_per_dimension`.

@@ -1,4 +1,4 @@
-"""Priors measure the rate: what the posteriors of a head are compared with."""
+"""Measures the rate, by comparing the posteriors of a head with a prior."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from climb_plugin.gaussian import (
 class Prior(nn.Module):
     """Maps the posteriors of one head to rates; the base of all priors, and of yours.
 
-    A subclass defines ``forward``, and ``compares_views`` if its rate depends on several views.
-    Its parameters are trained if an optimiser has them: they are among the parameters of the
-    loss, in its state dict and in checkpoints.
+    A subclass defines ``forward``, and ``compares_views`` if its rate depends on several views. The
+    parameters of a prior are among those of the loss, in the loss's state dict and in checkpoints;
+    they are trained only if an optimiser holds them.
 
     Attributes:
-        compares_views: Whether the rate compares the views of an image with each other, so that
-            it does not tell how near a posterior is to a fixed prior.
+        compares_views: Whether the rate compares the views of an image with each other, and so does
+            not tell the distance of a posterior to a fixed prior.
 
     Examples:
         >>> class Wide(Prior):
@@ -56,7 +56,7 @@ class Prior(nn.Module):
 
 
 class StandardPrior(Prior):
-    """N(0, I): the rate bounds I(z; v), what the embedding says about its view."""
+    """N(0, I): the rate bounds I(z; v), the information of an embedding on its view."""
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
         """The rates in nats of the samples of all views, in a vector."""
@@ -93,7 +93,7 @@ class ViewPrior(Prior):
 
     Args:
         views: How many views each forward call of the head holds, one after the other along the
-            first dimension, as torch.cat puts them; a sequence where the calls differ.
+            first dimension, as torch.cat puts them; a sequence if the calls differ.
 
     Raises:
         ValueError: If ``views`` is not made of positive integers.
@@ -121,8 +121,8 @@ class ViewPrior(Prior):
             One divergence per image and pair, in a vector.
 
         Raises:
-            ValueError: If there are fewer than two views, their shapes differ, or they are not
-                those that ``views`` says.
+            ValueError: If there are fewer than two views, their shapes differ, or ``views`` does
+                not fit.
         """
         views = paired_views(posteriors, self.views, name="view")
         return per_sample([symmetric_kl(*one, *two) for one, two in combinations(views, 2)])
@@ -136,7 +136,7 @@ def paired_views(
     Args:
         posteriors: One per forward call of the head.
         counts: How many views each call holds, as in :class:`ViewPrior`.
-        name: The prior that wants them, for messages.
+        name: Name of the prior, for messages.
 
     Raises:
         ValueError: As :meth:`ViewPrior.forward`.
@@ -198,10 +198,10 @@ def make_priors(
     """One prior for each head.
 
     Args:
-        prior: A key of ``PRIORS``; a Prior, where there is one head; or what makes a Prior for a
+        prior: A key of ``PRIORS``; a Prior, for one head; or a function that makes a Prior for a
             width.
         widths: The widths of the heads' samples.
-        views: As in :class:`ViewPrior`; no other prior looks at it.
+        views: As in :class:`ViewPrior`, the only prior that takes views.
 
     Raises:
         TypeError: If ``prior`` is none of these, or makes no Prior.
@@ -215,7 +215,7 @@ def make_priors(
             f"views={views!r} is for prior='view': prior={prior_name(prior)!r} has no use for it."
         )
     if isinstance(prior, str):
-        ViewPrior(views)  # which checks them, also where there is no head
+        ViewPrior(views)  # checks them, even if there is no head
         return [PRIORS[prior](width, views) for width in widths]
     if isinstance(prior, Prior):
         if len(widths) > 1:
@@ -236,7 +236,7 @@ def make_priors(
 
 
 def prior_name(prior: PriorLike) -> str:
-    """What messages and checkpoints call a prior."""
+    """The name of a prior in messages and checkpoints."""
     if isinstance(prior, str):
         return prior
     if isinstance(prior, Prior):

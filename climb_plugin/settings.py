@@ -11,7 +11,7 @@ from climb_plugin.prior import PriorLike, make_priors
 from climb_plugin.schedule import Schedule, as_schedule
 
 PLACES = ("projection", "features")
-"""Where a head can act."""
+"""The places of a head."""
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,24 @@ class Settings:
             :class:`~climb_plugin.schedule.Schedule` over optimiser steps. With 0 nothing is put
             into the model, and the run is bit-identical to one without the plugin.
         alpha: Weight of the conditional entropy H(z | v) beside the rate. 0: information
-            bottleneck. 1: the whole bound on the entropy H(z).
-        prior: What the rate is measured to. ``"standard"``: N(0, I). ``"learned"``: a diagonal
-            Gaussian, whose parameters belong to the loss (give them to the optimiser).
-            ``"view"``: the posteriors of the other views of the same image; the loss must see
-            the posteriors of all views, of one batch size, in one call. Or a
+            bottleneck. 1: the whole bound on the entropy H(z). 1 without a base loss that needs the
+            information drives the std to the lower bound.
+        prior: The distribution that the rate is measured to. ``"standard"``: N(0, I).
+            ``"learned"``: a diagonal Gaussian, whose parameters belong to the loss (give them to
+            the optimiser). ``"view"``: the posteriors of the other views of the same image; the
+            loss must see the posteriors of all views, of one batch size, in one call. Or a
             :class:`~climb_plugin.prior.Prior`, or a function that makes one for a width.
         views: For ``prior="view"``: how many views each forward call of the head holds, one after
-            the other as ``torch.cat`` puts them; a sequence, in the order of the calls, where
-            they differ.
-        free_nats: Nats that cost nothing, per sample and head, over all dimensions: a sample
-            whose rate is below has no gradient from it.
+            the other as ``torch.cat`` puts them; a sequence, in the order of the calls, if they
+            differ.
+        free_nats: Nats that cost nothing, per sample and head, over all dimensions: a sample with a
+            rate below gets no gradient from the rate.
         at: ``"projection"``: the Gaussian is at the end of the projection MLP, before an L2
-            normalisation or prototypes in the head. ``"features"``: between backbone and
-            projection head.
-        init_std: Standard deviation at the start, in units of the embedding. A tenth of the
-            standard deviation of the embedding is a good start: about 0.1 for SimCLR and BYOL,
-            0.03 for lightly's DINO head with ``batch_norm=True``, 0.001 to 0.006 without.
+            normalisation or prototypes in the head. ``"features"``: between backbone and projection
+            head.
+        init_std: Standard deviation at the start, in units of the embedding: take about a tenth of
+            the embedding's std. SimCLR's head starts with an embedding std near 1 per dimension,
+            BYOL's 0.3, lightly's DINO head 0.3 with ``batch_norm=True`` but 0.01 to 0.06 without.
 
     Raises:
         TypeError: If a value has the wrong type.

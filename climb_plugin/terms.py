@@ -15,13 +15,13 @@ class ClimbTerms(NamedTuple):
     """The terms of the last step, detached scalars.
 
     Attributes:
-        total: What the loss returned: base + beta * (rate + alpha * entropy), where only the
-            rate above ``free_nats`` counts.
+        total: The value of the loss: base + beta * (rate + alpha * entropy), in which only the rate
+            above ``free_nats`` counts.
         base: The value of the base loss, in its own unit.
-        rate: Nats, summed over dimensions, averaged over samples and views; NaN where no
-            posterior was involved (beta 0 without heads, evaluation).
+        rate: Nats, summed over dimensions, averaged over samples and views; NaN if no posterior was
+            involved (beta 0 without heads, evaluation).
         entropy: The conditional entropy H(z | v), in nats, likewise.
-        beta: The weight that was in force; 0 where no posterior was involved.
+        beta: The weight in force; 0 if no posterior was involved.
     """
 
     total: Tensor
@@ -43,7 +43,7 @@ def detached_terms(
         base = plain(base).detach()
         nan = base.new_full((), math.nan)
         return ClimbTerms(
-            # Copies: what the caller does to the value in place is not done to these.
+            # Copies, which keep their values if the caller changes the loss in place.
             plain(total).detach().clone(),
             base.clone(),
             nan if rate is None else plain(rate).detach(),

@@ -1,4 +1,4 @@
-"""Adds CLIMB to a loss and a projection head in one line, and takes it out again."""
+"""Adds CLIMB to a loss and a projection head in one line, and removes CLIMB again."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def wrap(
     free_nats: float = 0.0,
     init_std: float = 0.1,
 ) -> ClimbLoss:
-    """Adds CLIMB to a loss and to the projection head that it is computed from.
+    """Adds CLIMB to a loss and to the projection head behind that loss.
 
     Hangs a :class:`~climb_plugin.GaussianHead` on ``student`` in place, and a frozen twin, which
-    passes on its mean, on ``teacher``. No layer is added: indices and the keys of their state
-    dicts mean what they meant; the keys of the new parameters come in beside them. Call it
-    before the optimiser is built. :func:`unwrap` undoes it.
+    passes on the mean, on ``teacher``. No layer is added: indices and state dict keys keep their
+    meaning; keys of the new parameters come in beside them. Wrap before the optimiser is built.
+    Wrap before any copy of the model: a copy made earlier pairs parameters with the wrong ones.
+    :func:`unwrap` undoes all.
 
     With ``beta=0`` nothing is hung on: the run is bit-identical to one without the plugin.
 
     Args:
-        loss: The loss as the script has it, such as ``DINOLoss()``.
-        student: The projection head that is trained: any of ``lightly.models.modules``, or your
-            own module that maps (B, N) to (B, D).
+        loss: The script's loss, such as ``DINOLoss()``.
+        student: The projection head that is trained: any of ``lightly.models.modules``, or your own
+            module that maps (B, N) to (B, D).
         teacher: The projection head of the momentum encoder, if there is one.
         beta: Weight of the bottleneck in units of the loss per nat: a number, or a schedule over
-            optimiser steps. This and the others are as in
-            :class:`~climb_plugin.settings.Settings`.
-        at: Where the Gaussian is: ``"projection"`` or ``"features"``.
-        prior: What the rate is measured to: ``"standard"``, ``"learned"``, ``"view"`` or a
-            :class:`~climb_plugin.prior.Prior`.
+            optimiser steps. This and the others are as in :class:`~climb_plugin.settings.Settings`.
+        at: Place of the Gaussian: ``"projection"`` or ``"features"``.
+        prior: The distribution that the rate is measured to: ``"standard"``, ``"learned"``,
+            ``"view"`` or a :class:`~climb_plugin.prior.Prior`.
         views: How many views each call of the head holds, for ``prior="view"``.
         alpha: Weight of the conditional entropy beside the rate.
         free_nats: Nats of rate that cost nothing, per sample and head.
@@ -104,20 +104,18 @@ def wrap(
 def unwrap(criterion: ClimbLoss) -> Callable[..., Tensor]:
     """Takes CLIMB out again: off the model, and off the loss.
 
-    Student and teacher are to the last bit what they would be without the plugin, with the
-    weights that they have now: keys, order of parameters, hooks, output.
+    Student and teacher become to the last bit the same as without the plugin, with their present
+    weights: keys, order of parameters, hooks, output.
 
     Args:
-        criterion: What :func:`wrap` returned, or a copy of it that was copied together with the
-            model.
+        criterion: The result of :func:`wrap`, or a copy made together with a copy of the model.
 
     Returns:
         The base loss.
 
     Raises:
-        TypeError: If it is no ClimbLoss.
-        ValueError: If heads of it were not hung by this package, so that their modules are
-            unknown.
+        TypeError: If ``criterion`` is no ClimbLoss.
+        ValueError: If the user put heads into the model by hand, so that their modules are unknown.
 
     Examples:
         >>> head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))

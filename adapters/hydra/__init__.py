@@ -1,6 +1,6 @@
-"""How Hydra finds climb-plugin.
+"""Registers climb-plugin with solo-learn at the start of a Hydra program.
 
-Every Hydra program imports this module, so it imports nothing but Hydra's base class.
+Every Hydra program imports this module; so nothing but Hydra's base class is imported here.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 class ClimbPlugin(SearchPathPlugin):  # type: ignore[misc]
-    """Tells solo-learn what a config may name, where a script has imported solo-learn.
+    """Registers names for configs, in a script that has imported solo-learn.
 
-    The search path of configs stays as it is; Hydra asks for it after the script's imports and
-    before its main function, which is the moment for it. CLIMB itself comes with the Trainer.
+    The search path of configs stays unchanged. Hydra asks for it after the script's imports and
+    before the main function: solo-learn is there, and no method is built. CLIMB itself comes with
+    the Trainer.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:

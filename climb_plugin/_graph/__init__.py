@@ -1,1 +1,1 @@
-"""The inner machinery, which decides numbers: samples, the walk, second runs, noise."""
+"""Holds the inner machinery, which decides numbers: samples, the walk, second runs, noise."""

@@ -1,7 +1,7 @@
 """Seeds the noise of each draw from torch's seed, without moving torch's random numbers.
 
-Draw k since torch's CPU generator last changed its state comes from a generator of its own. Its
-seed mixes that state, the rank, and k. So no two draws share noise, whichever heads make them;
+Draw k since torch's CPU generator last changed its state comes from a generator of its own, seeded
+by a mix of that state, the rank, and k. So no two draws share noise, whichever heads make them;
 ``torch.manual_seed`` makes a run reproducible; and heads have nothing to save or to copy.
 """
 
@@ -17,25 +17,25 @@ from torch import Tensor
 from climb_plugin._torch import without_transforms
 from climb_plugin.distributed import rank
 
-# Of this process: the state of torch's generator at the last look, as a number, how many draws
-# were made since it came to be, and how many times the count was begun anew.
+# Of this process: a digest of torch's generator state at the last look, the number of draws since
+# that state came about, and the number of restarts of the count.
 _state: int | None = None
 _drawn = 0
 _run = 0
 
 
 class Seed(NamedTuple):
-    """The seed of a draw, and the run of this process that it belongs to."""
+    """The seed of a draw, and the run of this process that the draw belongs to."""
 
     run: int
     value: int
 
 
 def begin() -> None:
-    """Begins the count of draws anew, as the building of a head does.
+    """Restarts the count of draws, when a head is built.
 
-    A run that is repeated in one process may come to its first draw in the very state in which
-    the run before it made its last one. Only the building of a head tells that a run began.
+    A run that is repeated in one process may make the first draw in the very state of the last draw
+    of the run before. Only the building of a head tells that a new run began.
     """
     global _drawn, _run
     _look()
@@ -47,8 +47,8 @@ def next_seed(taken: Container[Seed]) -> Seed:
     """The seed of the next draw.
 
     Args:
-        taken: Seeds of samples that are still alive. Where a state of torch's generator is
-            brought back (``fork_rng``), its draws would come back too.
+        taken: Seeds of samples that are still alive. They are skipped: a state of torch's generator
+            that is brought back (``fork_rng``) would bring back their noise.
     """
     global _drawn
     state = _look()
@@ -62,19 +62,19 @@ def next_seed(taken: Container[Seed]) -> Seed:
 def normal(seed: Seed, like: Tensor) -> Tensor:
     """Standard normal noise of the shape, dtype and device of ``like``."""
     generator = torch.Generator(device=like.device).manual_seed(seed.value)
-    # Outside of transforms, which forbid random numbers: it is a constant to them.
+    # Outside of transforms, which forbid random numbers: to them the noise is a constant.
     with without_transforms():
         return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def position() -> tuple[int, int] | None:
-    """What a checkpoint needs beside torch's random state: None where that says it all."""
+    """Random state and count of draws for a checkpoint; None if torch's random state suffices."""
     state = _state
     return (state, _drawn) if state is not None and _drawn and _look() == state else None
 
 
 def restore(saved: tuple[int, int] | None) -> None:
-    """Goes on from what :func:`position` returned, once torch's random state is the same again."""
+    """Goes on from a :func:`position`, once torch's random state is the same again."""
     global _state, _drawn
     _state, _drawn = (None, 0) if saved is None else saved
 

@@ -1,7 +1,7 @@
-"""Ties each sample to its posterior: the autograd node behind the sample holds it.
+"""Ties each sample to its posterior: the autograd node of the sample holds the posterior.
 
-A posterior so lives exactly as long as the graph of its sample. Nothing has to be cleared, a
-forward whose output goes nowhere leaves nothing behind, and what is detached counts nothing.
+So a posterior lives exactly as long as the graph of the sample. Nothing has to be cleared, a
+forward with an unused output leaves nothing behind, and a detached sample counts nothing.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _numbers = itertools.count(1)
 # Samples whose graph is alive and was not freed, by number and by seed.
 _alive: WeakValueDictionary[int, Sample] = WeakValueDictionary()
 _seeds: WeakValueDictionary[noise.Seed, Sample] = WeakValueDictionary()
-# Those that the running backward pass has freed: what comes before them may still run again.
+# Those freed by the running backward pass, which may start their second run only after that.
 _freed: tuple[int | None, WeakSet[Sample]] = (None, WeakSet())
 
 
 class Sample:
-    """A draw of a head; the autograd node of the sample holds it.
+    """A draw of a head; the autograd node of the sample holds this object.
 
     Attributes:
-        head: Whose draw.
-        number: Its place among all draws of this process.
-        posterior: What it was drawn from; None once a backward pass has freed the graph.
-        version: Of the mean, which tells whether it was changed in place since.
-        fingerprint: Of the embedding, by which a second run of checkpointed code is recognised.
-        is_second_run: Whether a backward pass was running when it was drawn.
-        seed: Of its noise.
-        thread: In which its node was made.
-        sequence: The sequence number of its node.
+        head: The head that drew.
+        number: Place among all draws of this process.
+        posterior: The posterior drawn from; None once a backward pass has freed the graph.
+        version: Version counter of the mean; a higher one later tells of a change in place.
+        fingerprint: Of the embedding; tells a second run of checkpointed code.
+        is_second_run: Whether the draw was made in a backward pass.
+        seed: Seed of the noise.
+        thread: The thread that made the node.
+        sequence: The sequence number of the node.
     """
 
     def __init__(self, head: GaussianHead, posterior: Posterior, fingerprint: Fingerprint) -> None:
@@ -75,7 +75,8 @@ class Sample:
         """The posterior that the sample was drawn from.
 
         Raises:
-            RuntimeError: If a backward pass has freed it, or its mean was changed in place.
+            RuntimeError: If a backward pass has freed the posterior, or the mean was changed in
+                place.
         """
         if self.posterior is None:
             raise RuntimeError(
@@ -92,11 +93,11 @@ class Sample:
         return self.posterior
 
     def free(self) -> None:
-        """Lets go of the posterior: a loss that is kept in a list keeps the node, but not this."""
+        """Drops the posterior, which a loss kept in a list would else keep alive with the node."""
         global _freed
         self.posterior = None
         _alive.pop(self.number, None)
-        # So that a run that is repeated in one process draws the same, whatever it has kept.
+        # Else a run repeated in one process would skip the seeds of losses that were kept.
         if not self.is_second_run:
             _seeds.pop(self.seed, None)
         running = backward_pass()
@@ -106,12 +107,12 @@ class Sample:
 
 
 def draw(head: GaussianHead, embedding: Tensor, posterior: Posterior) -> Tensor:
-    """A sample of ``posterior``, whose autograd node holds it."""
+    """Draws a sample of ``posterior``; the autograd node of the sample holds the posterior."""
     sample = Sample(head, posterior, Fingerprint(embedding))
     mean, logvar = posterior
     normal = noise.normal(sample.seed, mean)
     if transforms_active():
-        # A function would have nodes of its own for each transform; these keep their metadata.
+        # A Function would have a node per transform; ordinary nodes keep their metadata.
         value = reparameterize(mean, logvar, noise=normal)
         _metadata(cast("Node", value.grad_fn))[_KEY] = sample
     else:
@@ -121,7 +122,7 @@ def draw(head: GaussianHead, embedding: Tensor, posterior: Posterior) -> Tensor:
 
 
 def sample_of(node: Node) -> Sample | None:
-    """The sample that a node holds, if it holds one."""
+    """The sample that a node holds, if any."""
     sample: Sample | None = getattr(node, "climb_sample", None)
     if sample is None and transforms_active():
         sample = _metadata(node).get(_KEY)
@@ -135,7 +136,7 @@ def alive(heads: set[GaussianHead]) -> Iterator[Sample]:
 
 
 def next_number() -> int:
-    """A number that lies behind those of all samples so far and before those to come."""
+    """A number above those of all samples so far and below those to come."""
     return next(_numbers)
 
 
@@ -147,8 +148,8 @@ def _first_runs(head: GaussianHead) -> Iterator[Sample]:
 class _Sum(Function):
     """Adds mean and deviation; the function's context, which is the node, holds the sample.
 
-    The last step of the reparameterisation, as it needs to save nothing for its gradient: reading
-    saved tensors would run checkpointed code once more.
+    Only this last step of the reparameterisation is a Function: a sum saves no tensors for the
+    gradient, and reading saved tensors would run checkpointed code once more.
     """
 
     @staticmethod
@@ -164,5 +165,5 @@ class _Sum(Function):
 
 
 def _metadata(node: Node) -> dict[str, Any]:
-    # A property that torch annotates as a method.
+    # torch annotates this property as a method.
     return cast("dict[str, Any]", node.metadata)

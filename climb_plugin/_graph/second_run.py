@@ -1,7 +1,7 @@
 """Recognises the second run of checkpointed code, which needs the noise of the first.
 
-torch.utils.checkpoint forgets what is within and runs it again in the backward pass. With other
-noise the gradient would be that of another sample. A run is recognised by its whole batch.
+torch.utils.checkpoint drops the tensors within and runs the code again in the backward pass. With
+other noise the gradient would be that of another sample. The whole batch identifies a run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ADVICE = (
 
 
 class Fingerprint:
-    """One number for each row of a batch, on its device.
+    """One number for each row of a batch, on the batch's device.
 
     Args:
         embedding: Of shape (..., B, D), outside autocast.
@@ -35,13 +35,13 @@ class Fingerprint:
     def __init__(self, embedding: Tensor) -> None:
         with torch.no_grad(), without_transforms():
             rows = plain(embedding).detach().flatten(0, -2)
-            # float32 at least: numpy has no bfloat16, and the sum would blur.
+            # float32 at least: numpy has no bfloat16, and sums of two rows might agree.
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             self._rows = rows @ _direction(rows.shape[-1], rows.dtype, rows.device)
         self._content: bytes | None = None
 
     def content(self) -> bytes:
-        """What two fingerprints of one batch have in common; waits for the device, once."""
+        """The fingerprint as bytes, the same for the same batch; waits for the device, once."""
         if self._content is None:
             with without_modes():
                 self._content = self._rows.cpu().numpy().tobytes()
@@ -49,7 +49,7 @@ class Fingerprint:
 
 
 def seed_of_first_run(fingerprint: Fingerprint, firsts: Iterable[Sample]) -> Seed:
-    """The seed of the one sample whose fingerprint this is.
+    """The seed of the one sample with this fingerprint.
 
     Args:
         fingerprint: Of the second run.
@@ -77,7 +77,7 @@ def seed_of_first_run(fingerprint: Fingerprint, firsts: Iterable[Sample]) -> See
 
 @lru_cache(maxsize=16)
 def _direction(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # It is made once: selective checkpointing would miss these operations in the second run.
+    # Made once, so hidden from modes: selective checkpointing would miss it in a second run.
     with without_modes():
         generator = torch.Generator(device="cpu").manual_seed(0)
         direction = torch.randn(width, generator=generator, dtype=torch.float64, device="cpu")

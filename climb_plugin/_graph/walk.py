@@ -15,25 +15,25 @@ from climb_plugin._torch import sequence_number
 if TYPE_CHECKING:
     from climb_plugin.head import GaussianHead
 
-# Leaves of the graph have the greatest number that there is.
+# The sequence number of the graph's leaves, the greatest that there is.
 _LEAF = 2**64 - 1
 
 
 def samples_behind(value: Tensor, heads: set[GaussianHead]) -> list[Sample]:
     """The samples of ``heads`` that ``value`` depends on, in the order of their draws.
 
-    The walk goes past what it finds: a head may stand behind another one, or behind itself.
+    The walk goes on behind a sample: a head may stand behind another one, or behind itself.
 
     Args:
-        value: A tensor; without a ``grad_fn`` it depends on nothing.
-        heads: Whose samples are wanted.
+        value: A tensor; one without a ``grad_fn`` depends on nothing.
+        heads: The heads whose samples are wanted.
     """
     known = set(alive(heads))
     found: list[Sample] = []
     if known and all(one.thread == threading.get_ident() for one in known):
         found = _search(value, oldest=min(one.sequence for one in known))
-    # Each thread numbers its nodes by itself, so where one of them is missing, another thread may
-    # have made nodes in between whose numbers say nothing.
+    # Each thread numbers its nodes separately. If a living sample was not found, nodes of another
+    # thread may lie in between, whose numbers say nothing: then search the whole graph.
     if not found or not known.issubset(found):
         found = _search(value, oldest=0)
     return sorted((one for one in found if one.head in heads), key=lambda one: one.number)
@@ -61,7 +61,7 @@ def _search(value: Tensor, *, oldest: int) -> list[Sample]:
 def _nodes(value: Tensor, *, oldest: int, leaves: bool) -> list[Node]:
     """The nodes behind ``value`` that are no older than ``oldest``.
 
-    A node is younger than all that it depends on, so nothing wanted lies behind an older one.
+    A node is younger than all nodes behind, so nothing wanted lies behind an older one.
     """
     if value.grad_fn is None:
         return []

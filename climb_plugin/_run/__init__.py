@@ -1,1 +1,1 @@
-"""The outer machinery, which may only warn, raise or count."""
+"""Holds the outer ring, which may only warn, raise or count."""

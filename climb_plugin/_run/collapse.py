@@ -1,4 +1,4 @@
-"""Warns, once each, of a posterior and of a base method that have collapsed."""
+"""Warns, once each, of a collapsed posterior and of a collapsed base method."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from climb_plugin.gaussian import Posterior
 from climb_plugin.monitor import nats_to_bits, normalized_std, signal_to_noise
 
 EVERY = 50
-"""The posteriors of every this many calls are looked at."""
+"""Posteriors are checked once in this many calls."""
 POSTERIOR_CHECKS = 4
 """So many checks in a row must find the posterior collapsed: 200 calls."""
 BASE_CHECKS = 20
-"""So many checks in a row must find the base collapsed: 1000 calls. It may start near ln K."""
+"""So many in a row must find the base collapsed: 1000 calls, as its loss may start near ln K."""
 SIGNAL_NATS = 0.1
 """Samples that carry less than this in all dimensions together do not tell images apart."""
 PRIOR_NATS = 0.1
 """A posterior whose rate per dimension is below this is near the prior."""
 OFF_PRIOR_NATS = 0.5
-"""Above this it is not CLIMB that holds an embedding in one place."""
+"""A rate per dimension above this shows that CLIMB does not hold an embedding in one place."""
 POINT_STD = 0.05
 """Below this spread (mean cosine above 0.997) the embedding is one point."""
 PINNED_NATS = 0.05
@@ -33,17 +33,18 @@ PINNED_NATS = 0.05
 
 
 class CollapseWatch:
-    """Looks at a training now and then, without making the host wait for the device.
+    """Checks a training now and then, without waiting for the device.
 
-    The posterior has collapsed where its samples cannot carry ``SIGNAL_NATS`` about their views
-    and it is near the prior, while beta is above 0. (The rate in itself would tell too late: it
-    falls like 1 over the steps long after the samples have stopped saying anything.)
+    The posterior has collapsed if its samples cannot carry ``SIGNAL_NATS`` about their views and
+    its rate per dimension is below ``PRIOR_NATS``, while beta is above 0. (The rate alone would
+    tell too late: the rate falls like 1 over the steps long after the samples have stopped saying
+    anything.)
 
-    The base has collapsed where the embedding is one point (``POINT_STD``) although the posterior
-    is far from the prior, or where the base loss is pinned at ln K.
+    The base has collapsed if the embedding is one point (``POINT_STD``) although the posterior is
+    far from the prior, or if the base loss is pinned at ln K.
 
-    The prior of a view is no fixed place to be near to. With it, the spread of the embedding
-    alone tells the two apart.
+    With ``prior="view"`` there is no fixed distribution to collapse to; only the spread of the
+    embedding tells the two apart.
     """
 
     def __init__(self) -> None:
@@ -61,20 +62,19 @@ class CollapseWatch:
         rates: Sequence[Tensor] | None,
         posteriors: Sequence[Sequence[Posterior]],
     ) -> None:
-        """Takes part in one training step; warns where a collapse is known by now.
+        """Checks one training step; warns of a collapse that is known by now.
 
         Args:
-            base: The base loss; K is the width of its ``center``, if it has one.
-            value: What it returned, a scalar.
+            base: The base loss; K is the width of its ``center``, if there is one.
+            value: The value of the base loss, a scalar.
             beta: The weight in force.
-            rates: For each head the rates of its samples, to a prior that does not depend on
-                the view; None for one that does.
+            rates: For each head the rates of its samples; None if the prior compares views.
             posteriors: For each head its posteriors, each of shape (..., B, D).
         """
         self._calls += 1
         if self._calls % EVERY or all(self._warned.values()):
             return
-        # All rows count, of whatever dimensions: views may lie beside their image. The variance
+        # Rows of all leading dimensions count: views may lie beside their image. The variance
         # over a single row says nothing.
         posteriors = [[view for view in map(_rows, v) if len(view.mean) > 1] for v in posteriors]
         if not all(posteriors):
@@ -95,7 +95,7 @@ class CollapseWatch:
             self._lasts = torch.zeros_like(now, dtype=torch.int64)
         self._lasts = (self._lasts + 1) * now
         checks = (POSTERIOR_CHECKS, BASE_CHECKS, BASE_CHECKS)
-        # One by one: a tensor of the three would be copied to the device, which waits for it.
+        # One by one: to copy a tensor of the three to the device would wait for the device.
         return torch.stack(
             [held >= n for held, n in zip(self._lasts.unbind(), checks, strict=True)]
         )
@@ -111,16 +111,16 @@ class CollapseWatch:
 
 
 class _Seen(NamedTuple):
-    """What one look found: numbers of the head that is worst off, and three bools, on the device.
+    """The result of one check: numbers of the worst head, and three bools, on the device.
 
     Attributes:
         signal: Most nats that the samples of a head carry.
-        spread: Of the directions of its means.
+        spread: Spread of the directions of that head's means.
         rate: Nats, summed over heads; None if the prior is no fixed one.
-        value: Of the base loss.
+        value: Value of the base loss.
         classes: K, if the base has one.
         posterior: Whether the posterior is collapsed now.
-        point: Whether the embedding is one point now, and not for the posterior's sake.
+        point: Whether the embedding is one point now, and the posterior is not the cause.
         pinned: Whether the base loss is at ln K now.
     """
 
@@ -169,7 +169,7 @@ def _rows(view: Posterior) -> Posterior:
 def _most(
     posteriors: Sequence[Sequence[Posterior]], measure: Callable[[Posterior], Tensor]
 ) -> Tensor:
-    """The largest value over the views, for each head."""
+    """The largest value over the posteriors, for each head."""
     return torch.stack(
         [torch.stack([measure(view) for view in views]).max() for views in posteriors]
     )
@@ -185,7 +185,7 @@ def _classes(base: Callable[..., Tensor]) -> int | None:
     return int(center.shape[-1])
 
 
-# Only in the messages does the host wait for the numbers: once for each.
+# Each message waits for the device once, to get its numbers; nothing else here does.
 
 
 def _posterior_message(seen: _Seen, beta: float | Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Gets flags from the device without making the host wait for it."""
+"""Gets flags from the device without waiting for the device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from climb_plugin._torch import plain, without_transforms
 class DeferredFlags:
     """Tells which entries of a vector of flags are known to have been raised.
 
-    On the CPU it knows at once, of this call. On CUDA the flags travel in the background and are
-    known a call or so later, of any call so far: a synchronisation per step would cost more than
-    the whole regulariser.
+    On the CPU the flags of a call are known at once. On CUDA the flags of all calls so far travel
+    in the background and are known a call or so later: a synchronisation per step would cost more
+    than the whole regulariser.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class DeferredFlags:
         if self._copied is not None and self._copy is not None and self._copied.query():
             known = _indices(self._copy)
             self._copied = None
-            if known:  # said once: a host that skips the batch goes on
+            if known:  # said once: a host may skip the batch and go on
                 self._flags = None
         if self._flags is not None and self._flags.device == flags.device:
             flags = flags | self._flags

@@ -1,4 +1,4 @@
-"""Finds non-finite terms without making the host wait for the device."""
+"""Finds non-finite terms without waiting for the device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from climb_plugin.gaussian import Posterior
 
 
 class FiniteCheck:
-    """Raises where a term has been NaN or infinite: at once on the CPU, on CUDA a call or so late.
+    """Raises if a term has been NaN or infinite: at once on the CPU, on CUDA a call or so late.
 
     Args:
-        check_base: Whether the base loss is looked at too.
+        check_base: Whether the base loss is checked too.
     """
 
     def __init__(self, *, check_base: bool) -> None:
@@ -29,7 +29,7 @@ class FiniteCheck:
         entropy: Tensor,
         posteriors: Sequence[Sequence[Posterior]],
     ) -> None:
-        """Looks at the terms of a step, detached scalars.
+        """Checks the terms of a step, detached scalars.
 
         Raises:
             ValueError: If one is known by now not to be finite.

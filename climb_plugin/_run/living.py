@@ -11,12 +11,12 @@ from typing import Any
 def living(chosen: Callable[[type], bool]) -> list[Any]:
     """All objects of this process whose type is chosen, but those that gc.freeze() hides.
 
-    It looks through all objects, which takes up to tenths of a second.
+    The search goes through all objects, which takes up to tenths of a second.
 
     Args:
         chosen: Says of a type whether its objects are wanted.
     """
     objects = gc.get_objects()
-    # Types, not isinstance: that asks an object for its __class__, which runs a proxy's code.
+    # Types, not isinstance, which asks objects for their __class__ and so runs a proxy's code.
     kinds = {kind for kind in set(map(type, objects)) if chosen(kind)}
     return list(compress(objects, map(kinds.__contains__, map(type, objects))))

@@ -1,4 +1,4 @@
-"""Says what is wrong where a loss depends on no sample of a head that trains."""
+"""Explains why a loss depends on no sample of a head that trains."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Wiring:
 
     def __init__(self, heads: Sequence[GaussianHead]) -> None:
         self._heads = tuple(heads)
-        self._proven: set[int] = set()  # Places of the heads whose samples a loss has had.
-        self._last = 0  # What was called since the last loss has a greater number.
+        self._proven: set[int] = set()  # Indices of heads whose samples reached a loss.
+        self._last = 0  # Calls since the last loss have greater numbers.
         self._warned: set[str] = set()
 
     def check(self, value: Tensor, found: Sequence[Sequence[Sample]]) -> None:
-        """Looks at what a training step has found.
+        """Checks the samples of a training step.
 
         Args:
-            value: Of the base loss.
-            found: The samples of each head that it depends on.
+            value: The value of the base loss.
+            found: For each head the samples behind that value.
 
         Raises:
-            RuntimeError: If a head trains and no sample of it is there, and it is not that a
-                batch had no use for it.
+            RuntimeError: If a head trains and none of its samples is there, unless the head did
+                sample and had samples in earlier losses: then this batch had no use for them.
         """
         last, self._last = self._last, next_number()
         self._check_reentrant(last)
@@ -81,7 +81,7 @@ class Wiring:
         ]
 
     def _may_be_unused(self, place: int, last: int) -> bool:
-        """Whether the head did sample in this step, and earlier batches had a use for that."""
+        """Whether the head did sample in this step, and had samples in earlier losses."""
         sampled = self._heads[place].last_calls.get("sampled", 0)
         return place in self._proven and sampled > last
 

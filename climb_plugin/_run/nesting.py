@@ -10,10 +10,10 @@ _calls = 0
 
 
 class Nesting:
-    """Stands around the call of a base loss.
+    """Surrounds the call of a base loss.
 
     Args:
-        active: Whether the criterion has heads; without any it may stand in another one.
+        active: Whether the criterion has heads; without any, nesting counts nothing twice.
     """
 
     def __init__(self, *, active: bool) -> None:

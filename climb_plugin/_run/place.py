@@ -1,4 +1,4 @@
-"""Finds where the embedding of a projection head is, by what the head does."""
+"""Finds where the embedding of a projection head is, by running the head."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from climb_plugin.gaussian import widened
 from climb_plugin.settings import check_place
 
 _ROWS = 4
-# Down to where the epsilon of a LayerNorm shows, while that of an L2 normalisation does not yet.
-# Each row has its own factor: a batch norm in training forgets a common one.
+# So small that the epsilon of a LayerNorm shows, and that of an L2 normalisation does not yet.
+# Each row has another factor: a batch norm in training would cancel a common one.
 _FACTORS = 2.0 ** -torch.tensor([[10.0], [11.0], [12.0], [13.0]], device="cpu")
 _TOLERANCE = 0.05
 _YOURSELF = "put a GaussianHead(width) into it yourself, and use ClimbLoss(loss, heads=...)"
@@ -27,11 +27,11 @@ _YOURSELF = "put a GaussianHead(width) into it yourself, and use ClimbLoss(loss,
 
 @dataclass(frozen=True)
 class Place:
-    """Where a head acts.
+    """The place at which a head acts.
 
     Attributes:
         path: Name of the submodule whose output is sampled; empty: the module itself.
-        before: Whether it is the input of the module that is sampled.
+        before: Whether the input of the module is sampled instead.
         width: Width of the embedding there.
         is_shared: Whether another module uses that submodule too.
     """
@@ -43,12 +43,12 @@ class Place:
 
 
 def find_place(module: nn.Module, *, at: str) -> Place:
-    """Finds where a head belongs in a projection head, and changes nothing.
+    """Finds the place of a head in a projection head, and changes nothing.
 
     A copy of the module, without hooks, runs on a few random rows in training mode, without
-    touching torch's random numbers. Where rescaling the output of a submodule leaves the result
-    as it is, and changing its sign changes that of the result (up to a bias), an L2
-    normalisation follows, perhaps with prototypes, and the Gaussian belongs before it.
+    touching torch's random numbers. If rescaling the output of a submodule leaves the result
+    unchanged, and flipping the sign of that output flips the sign of the result (up to a bias), an
+    L2 normalisation follows, perhaps with prototypes, and the Gaussian belongs before that.
 
     Args:
         module: The projection head.
@@ -73,7 +73,7 @@ def _end_of_projection(probe: _Probe, module: nn.Module) -> Place:
             f"{name} must map (B, {probe.rows.shape[-1]}) to (B, D), it returned {received}: "
             f"{_YOURSELF}."
         )
-    # Of those that a normalisation follows, the last: what comes after it is the head's.
+    # The last one before a normalisation: an earlier one would leave layers between.
     for path in reversed(probe.widths):
         if probe.is_before_normalisation(path):
             return Place(path, False, probe.widths[path], _is_shared(module, path))
@@ -96,7 +96,7 @@ def _end_of_projection(probe: _Probe, module: nn.Module) -> Place:
 
 
 def _probe(module: nn.Module) -> _Probe:
-    """A run of the module on rows of the first width that it takes."""
+    """A run of the module on rows of the first width that works."""
     name = type(module).__name__
     tensors = [*module.parameters(), *module.buffers()]
     if any(is_lazy(tensor) for tensor in tensors):
@@ -110,7 +110,7 @@ def _probe(module: nn.Module) -> _Probe:
     for width in widths:
         try:
             return _Probe(module, width)
-        except Exception as error:  # the module is the user's: it may raise anything
+        except Exception as error:  # a user's module may raise anything
             errors.append(f"({_ROWS}, {width}): {error}")
     heads = [name for name, child in module.named_children() if _input_widths(child)]
     hint = f", as in student=model.{heads[-1]}" if heads else ""
@@ -130,7 +130,7 @@ def _input_widths(module: nn.Module) -> list[int]:
 
 
 def _is_shared(module: nn.Module, path: str) -> bool:
-    """Whether a module outside has this submodule as a layer of its own, too."""
+    """Whether a module outside has this submodule as a layer, too."""
     part, own = module.get_submodule(path), set(module.modules())
     return any(
         part is child
@@ -141,15 +141,15 @@ def _is_shared(module: nn.Module, path: str) -> bool:
 
 
 class _Probe:
-    """What a module does with a few random rows; copies of it run, and it is left alone.
+    """Runs copies of a module on a few random rows; the module itself is left alone.
 
     Args:
         module: Maps (B, width) to (B, D).
-        width: Width of its input.
+        width: Width of the module's input.
 
     Attributes:
-        output: Its output.
-        widths: Widths of the outputs of its submodules, in the order of their completion. Those
+        output: The module's output.
+        widths: Widths of the outputs of the submodules, in the order of their completion. Those
             that ran more than once are left out: a hook could not tell the runs apart.
     """
 
@@ -211,7 +211,7 @@ class _Probe:
         return bool(((values - 1).abs() < 1e-3).all())
 
     def _is_linear(self, flipped: Tensor) -> bool:
-        """Whether a change of sign gave the same but for the sign, up to a bias."""
+        """Whether a change of sign changed the result in sign only, up to a bias."""
         total = flipped + self.output
         return self._is_close(total, total.mean(dim=0))
 
@@ -258,17 +258,17 @@ class _Probe:
 
 
 def _copied(module: nn.Module, *, parameters: bool) -> nn.Module:
-    """A copy in training mode, with hooks taken off.
+    """A copy in training mode, without hooks.
 
-    Half precision is float32 there, which does not blur the outcome.
+    Half precision becomes float32: rounding would blur the comparison of outputs.
 
     Args:
-        module: What is copied.
-        parameters: Whether its parameters are copied too, or shared.
+        module: The module to copy.
+        parameters: Whether the parameters are copied too, or shared.
     """
     memo: dict[int, Any] = {}
     for part in module.modules():
-        # Others than parameters as well: weight_norm leaves results with a graph, which refuse.
+        # Plain tensors as well: weight_norm leaves some with a graph, which deepcopy refuses.
         for tensor in [*part.buffers(recurse=False), *vars(part).values()]:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = _in_full_precision(tensor.detach()).clone()

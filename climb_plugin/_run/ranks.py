@@ -1,4 +1,4 @@
-"""Warns where a loss trains on several ranks and is not wrapped as it should be."""
+"""Warns if a loss trains on several ranks without the wrapper that averages gradients."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from climb_plugin._torch import joins
 from climb_plugin.checks import warn
 from climb_plugin.distributed import world_size
 
-# By name: importing torch's FSDP takes time that a run without it need not spend.
+# By name: importing torch's FSDP takes time, which a run without FSDP need not spend.
 _AVERAGING = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
 
 
 class RankCheck:
-    """Looks, once, at what wraps the loss; a loss cannot know its wrapper by itself.
+    """Looks, once, for the wrappers of the loss; a loss cannot know these by itself.
 
     Args:
         priors: The priors of the loss.
@@ -25,14 +25,14 @@ class RankCheck:
         self._is_done = False
 
     def check(self, prior: str, *, needs_rate: bool) -> None:
-        """Looks at the first training step on several ranks.
+        """Checks the first training step on several ranks.
 
         Args:
-            prior: What the user calls the prior.
+            prior: The user's name of the prior.
             needs_rate: Whether each step averages the rate over the ranks.
 
         Raises:
-            RuntimeError: If it does, and a rank may run out of steps before the others.
+            RuntimeError: If ``needs_rate``, and a rank may run out of steps before the others.
         """
         if self._is_done or world_size() == 1:
             return

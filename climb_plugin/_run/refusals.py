@@ -14,12 +14,12 @@ def check_module(role: str, module: nn.Module) -> None:
     """Raises if a head could not train in a module, or if one is there already.
 
     Args:
-        role: What messages call the module.
+        role: Name of the module in messages.
         module: Student or teacher.
 
     Raises:
-        TypeError: If it is no module.
-        ValueError: If it is wrapped or compiled, or holds a head.
+        TypeError: If ``module`` is no module.
+        ValueError: If ``module`` is wrapped or compiled, or holds a head.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"{role} must be a torch module, got {type(module).__name__}.")

@@ -18,11 +18,7 @@ class SignWatch:
         self._warned = False
 
     def check(self, gradient: Tensor) -> None:
-        """Looks at the gradient that a backward pass brings to the bottleneck.
-
-        Args:
-            gradient: A scalar.
-        """
+        """Checks the gradient that a backward pass brings to the bottleneck, a scalar."""
         if self._warned or is_batch_of_gradients(gradient):
             return
         try:

@@ -1,9 +1,9 @@
 """Counts the optimiser steps of a loss, and notices parameters that no optimiser holds.
 
-torch says when an optimiser has stepped, whatever kind it is. A step counts if the loss was called
-since the last one that counted: so several optimisers of one iteration, the closures of LBFGS, the
-two passes of SAM and gradient accumulation are one step each. An optimiser that is none of torch's
-or moves copies of the parameters is not seen; then backward passes count.
+A hook of torch reports each step of any torch optimiser. A step counts if the loss was called since
+the last step that counted: so several optimisers of one iteration, the closures of LBFGS, the two
+passes of SAM and gradient accumulation are one step each. Optimisers that are none of torch's, or
+move copies of the parameters, are not seen; then backward passes count.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Steps:
     """The optimiser steps of one loss.
 
     Args:
-        heads: Whose parameters an optimiser should hold.
+        heads: Modules whose parameters an optimiser should hold.
         priors: Modules of the loss whose parameters an optimiser should hold as well.
     """
 
@@ -42,11 +42,11 @@ class Steps:
         self._steps = 0
         self._was_set = False
         self._fresh = False  # Whether the loss was called since the last step that counted.
-        self._called = False  # The same, where backward passes are not what counts.
+        self._called = False  # The same, but kept if backward passes are counted.
         self._skipped: Tensor | None = None
         self._counting: ReferenceType[Optimizer] | None = None
-        self._passes = 0  # Backward passes since, which may have to stand for steps.
-        self._passed = False  # Whether the last call of the loss is among them.
+        self._passes = 0  # Backward passes since, which may count as steps.
+        self._passed = False  # Whether the last call of the loss had one.
         self._looked = False
         self._prior_checked = False
         self._leaves: list[ReferenceType[Tensor]] | None = None
@@ -56,7 +56,7 @@ class Steps:
     def count(self) -> int:
         """The optimiser steps so far."""
         if self._skipped is not None:
-            # A scaler left the weights as they were; only now, as this waits for the device.
+            # Not counted if the scaler skipped the step. Read late: that waits for the device.
             self._steps -= int(bool(self._skipped))
             self._skipped = None
         if self._passes:
@@ -64,9 +64,9 @@ class Steps:
         return self._steps
 
     def _settle(self) -> None:
-        """Decides what backward passes without an optimiser step are: steps, or accumulation.
+        """Decides whether backward passes without an optimiser step are steps, or accumulation.
 
-        Only where somebody asks for the count by then, as looking for optimisers takes a while.
+        Called only when the count is asked for, as the search for optimisers takes a while.
         """
         if not self._looked:
             self._looked = True
@@ -79,20 +79,20 @@ class Steps:
     def set_to(self, step: int) -> None:
         """Says where the count stands; optimiser steps go on from there.
 
-        Backward passes count no more: a loop that no hook sees may say every step by itself.
+        Backward passes count no more: a loop that no hook sees may set every step by itself.
         """
         self.restore(step)
         self._was_set = True
 
     def restore(self, step: int) -> None:
-        """Goes on from a count that was saved, by whatever it was counted."""
+        """Goes on from a saved count, be that of optimiser steps or of backward passes."""
         self._steps, self._skipped, self._passes = step, None, 0
 
     def loss_called(self, value: Tensor) -> None:
         """Notes a call of the loss that trains.
 
         Args:
-            value: What it depends on is what the optimiser moves.
+            value: The base loss; the optimiser moves leaves of the graph behind.
         """
         self._fresh = self._called = True
         self._passed = False
@@ -101,16 +101,16 @@ class Steps:
             self._leaves = [leaf for leaf in leaves_behind(value) if id(leaf()) not in own]
 
     def backward_done(self) -> None:
-        """Notes a backward pass; it counts as a step where no optimiser of torch is known."""
+        """Notes a backward pass, which counts as a step if no optimiser of torch is known."""
         if self._counting is None and self._fresh and not self._passed and not self._was_set:
             self._passed = True
             self._passes += 1
 
     def optimizer_stepped(self, optimizer: Optimizer) -> None:
-        """Notes a step of an optimiser, whosever it is.
+        """Notes a step of any optimiser of the process.
 
         Raises:
-            RuntimeError: If it moves what comes before a head that no optimiser holds.
+            RuntimeError: If the optimiser moves layers before a head that no optimiser holds.
         """
         held = _held(optimizer)
         parameters = self._parameters()
@@ -127,14 +127,14 @@ class Steps:
             self._check_held(trained)
 
     def stop(self) -> None:
-        """Ends the watch, where the heads have been taken off the model."""
+        """Ends the count, once the heads have been taken off the model."""
         _all.discard(self)
 
     def _count(self, optimizer: Optimizer) -> None:
         if not self._fresh:
             return
         self._fresh = False
-        _ = self.count  # settles what the step before has left open
+        _ = self.count  # settles the step before
         self._steps += 1
         found_inf = getattr(optimizer, "found_inf", None)  # of a scaler and a fused optimiser
         if isinstance(found_inf, Tensor):
@@ -152,7 +152,7 @@ class Steps:
         if found is not None:  # an optimiser that steps less often
             self._counting = found
             return
-        if gc.get_freeze_count():  # the collector does not show what it has frozen
+        if gc.get_freeze_count():  # the collector does not list frozen objects
             return
         raise RuntimeError(
             "the optimiser moves the projection head but not the GaussianHead in it, and no other "
@@ -174,7 +174,7 @@ class Steps:
         )
 
     def _find(self, *wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:
-        """An optimiser that holds one of these; of those before rather than of those behind."""
+        """An optimiser that holds one of these tensors; earlier arguments go first."""
         optimizers = [(one, _held(one)) for one in living(lambda k: issubclass(k, Optimizer))]
         for tensors in wanted:
             ids = {id(tensor) for tensor in tensors}
@@ -200,7 +200,7 @@ class Steps:
 
 
 def _held(optimizer: Optimizer) -> set[int]:
-    # It may be half built.
+    # A half-built optimiser has no groups yet.
     groups = getattr(optimizer, "param_groups", ())
     return {id(parameter) for group in groups for parameter in group["params"]}
 
@@ -215,7 +215,7 @@ def _register() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
-# A compiled step would trace it.
+# Outside: a compiled step would trace this hook.
 @outside_compiled_code
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     for steps in list(_all):

@@ -1,7 +1,7 @@
-"""Looks on at the training of one loss; may warn, raise or count, and changes no number.
+"""Watches the training of one loss; may warn, raise or count, and changes no number.
 
-This is the one door to the outer machinery: :mod:`climb_plugin.loss` and :mod:`climb_plugin.climb`
-know nothing else of this folder.
+This is the one door to the outer ring: :mod:`climb_plugin.loss` and :mod:`climb_plugin.climb`
+import nothing else of this folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from climb_plugin.head import GaussianHead
 
 
 class Watch:
-    """All that looks on.
+    """All checks of one loss.
 
     Args:
         heads: The heads of the loss.
@@ -31,7 +31,7 @@ class Watch:
         check_base: Whether the base loss must be finite.
 
     Attributes:
-        nesting: Stands around the call of the base loss.
+        nesting: Surrounds the call of the base loss.
         steps: Counts the optimiser steps.
     """
 
@@ -47,11 +47,11 @@ class Watch:
         self._sign = SignWatch()
 
     def found(self, value: Tensor, samples: Sequence[Sequence[Sample]]) -> None:
-        """Looks at the samples of each head that the value of a base loss depends on."""
+        """Checks the samples of each head that the value of a base loss depends on."""
         self._wiring.check(value, samples)
 
     def begins(self, prior: str, *, needs_rate: bool) -> None:
-        """Looks at a step that has posteriors, before their rates are computed."""
+        """Checks a step that has posteriors, before their rates are computed."""
         self._ranks.check(prior, needs_rate=needs_rate)
 
     def terms(
@@ -65,7 +65,7 @@ class Watch:
         posteriors: Sequence[Sequence[Posterior]],
         rates: Sequence[Tensor] | None,
     ) -> None:
-        """Looks at the terms of a step, all scalars.
+        """Checks the terms of a step, all scalars.
 
         Args:
             base: The value of the base loss.
@@ -73,9 +73,9 @@ class Watch:
             entropy: The conditional entropy.
             beta: Their weight.
             function: The base loss.
-            posteriors: Of each head.
-            rates: For each head the rates of its samples; None where the prior compares views,
-                which says nothing about how near the posteriors are to a fixed one.
+            posteriors: For each head its posteriors.
+            rates: For each head the rates of its samples; None if the prior compares views: such
+                rates do not tell the distance to a fixed prior.
         """
         self._finite.check(base, rate, entropy, posteriors)
         self._collapse.observe(
@@ -83,11 +83,11 @@ class Watch:
         )
 
     def trains(self, base: Tensor, penalty: Tensor) -> None:
-        """Looks at a step that will have a backward pass.
+        """Checks a step that will have a backward pass.
 
         Args:
             base: The value of the base loss, with its graph.
-            penalty: What beta multiplies, with its graph.
+            penalty: The term that beta multiplies, with its graph.
         """
         self.steps.loss_called(base)
         penalty.register_hook(self._after_backward)

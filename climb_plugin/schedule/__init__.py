@@ -1,4 +1,4 @@
-"""Schedules give beta, the weight of the bottleneck, at each optimiser step."""
+"""Gives beta, the weight of the bottleneck, at each optimiser step."""
 
 from climb_plugin.schedule.base import Constant, Schedule, as_schedule
 from climb_plugin.schedule.ramp import SHAPES, Cosine, Exponential, Linear, Ramp

@@ -1,4 +1,4 @@
-"""Defines what a schedule is, and takes numbers and functions as schedules."""
+"""Defines schedules, and makes schedules of numbers and functions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from climb_plugin.distributed import mean_over_ranks
 class Schedule:
     """Gives beta at each optimiser step; the base of all schedules, and of yours.
 
-    A subclass defines ``__call__``. Of the other methods, whose defaults do nothing, a subclass
-    defines those that it needs, and the loss and the hosts' adapters do the rest: a schedule that
-    defines ``observe`` sees the rate of every step, one that defines ``over`` is laid over the
-    training, and what ``state`` returns is in the checkpoints. Checkpoints compare the ``repr``.
+    A subclass defines ``__call__``, and any of the other methods, whose defaults do nothing; the
+    loss and the hosts' adapters do the rest. A schedule that defines ``observe`` sees the rate of
+    every step, one that defines ``over`` is laid over the training, and the result of ``state`` is
+    in the checkpoints. Checkpoints compare the ``repr``.
 
     Attributes:
         is_constant: Whether beta is the same at every step.
@@ -49,8 +49,8 @@ class Schedule:
         """This schedule in a training of ``total_steps`` optimiser steps.
 
         Args:
-            total_steps: None: of unknown length, as at the start. 0: the end of every training,
-                which is what a search for a learning rate before the training should see.
+            total_steps: None: an unknown length, as at the start. 0: beta is that of the end, for a
+                search for a learning rate before the training.
         """
         return self
 
@@ -58,18 +58,18 @@ class Schedule:
         """Takes the rate of a step into account, in nats, detached, averaged over all ranks."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the arguments, as numbers."""
+        """The state that a checkpoint needs beside the arguments, as numbers."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state` returned, or raises a ValueError and changes nothing."""
+        """Restores a :meth:`state`, or raises a ValueError and changes nothing."""
 
     def belong_to(self, owner: object, *, free_nats: float) -> None:
-        """Learns whose rate the schedule sees, and may refuse.
+        """Tells the schedule which loss's rate it sees; may raise.
 
         Args:
             owner: Stands for the loss.
-            free_nats: Nats of the rate that cost nothing there.
+            free_nats: Nats of that rate that cost nothing.
         """
 
     @property
@@ -122,7 +122,7 @@ class _Function(Schedule):
         return self._function(step)
 
     def __repr__(self) -> str:
-        # Not the repr of the function: its address is another one in the next run.
+        # Not the function's repr, whose address would differ in the next run.
         return getattr(self._function, "__qualname__", type(self._function).__name__)
 
 
@@ -139,19 +139,19 @@ def as_schedule(beta: float | Schedule | Callable[[int], float | Tensor]) -> Sch
 
 
 def beta_at(schedule: Schedule, step: int) -> float | Tensor:
-    """Beta of a schedule at a step, if it is one.
+    """Beta of a schedule at a step, checked.
 
     Raises:
         TypeError: If the schedule returns no number.
-        ValueError: If the number is negative or not finite. (A tensor is not looked at, which
-            would wait for the device.)
+        ValueError: If the number is negative or not finite. (A tensor is not checked, which would
+            wait for the device.)
     """
     beta = schedule(step)
     return beta if isinstance(beta, Tensor) else checked_beta("the schedule's beta", beta)
 
 
 def show_rate(schedule: Schedule, step: int, rate: Tensor) -> None:
-    """Lets a schedule observe a rate, if it does.
+    """Shows a rate to a schedule that observes rates.
 
     The rate is averaged over the ranks, so that beta is the same on all, and at once, so that a
     checkpoint of one rank is right for all.
@@ -161,11 +161,11 @@ def show_rate(schedule: Schedule, step: int, rate: Tensor) -> None:
 
 
 def checked_beta(name: str, value: float) -> float:
-    """``value`` as a float, if it can be a beta; messages call the value ``name``.
+    """``value`` as a float, if fit for a beta; messages call the value ``name``.
 
     Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is negative or not finite.
+        TypeError: If the value is no number.
+        ValueError: If the value is negative or not finite.
     """
     if not is_number(value):
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")

@@ -24,24 +24,23 @@ SHAPES = tuple(_SHAPES)
 class Ramp(Schedule):
     """From ``start`` to ``beta`` over a warm-up, constant afterwards.
 
-    ``Linear``, ``Cosine`` and ``Exponential`` (with a start of 1e-6) are short for ramps of these
-    shapes.
+    ``Linear``, ``Cosine`` and ``Exponential`` (with a start of 1e-6) are short for these shapes.
 
     Args:
         beta: Weight of the rate after the warm-up, in units of the base loss per nat.
-        warmup: Length of the warm-up: an int is a number of optimiser steps, a float between
-            0 and 1 a fraction of ``total_steps``.
+        warmup: Length of the warm-up: an int is a number of optimiser steps, a float between 0 and
+            1 a fraction of ``total_steps``. In epochs: ``warmup=10 * len(loader)``, divided by the
+            gradient accumulation.
         shape: ``"linear"``; ``"cosine"``, half a cosine, which is slow at both ends; or
             ``"exponential"``, the same factor at every step, from a ``start`` above 0.
-        delay: What comes before the warm-up, at ``start``; steps or a fraction, like ``warmup``.
+        delay: Time at ``start`` before the warm-up; steps or a fraction, like ``warmup``.
         start: Weight at the start.
-        total_steps: Length of the training in optimiser steps; only fractions need it. A host
-            that knows the length fills it in (:meth:`over`).
+        total_steps: Length of the training in optimiser steps, for fractions; a host that knows the
+            length calls :meth:`over` instead.
 
     Raises:
         TypeError: If ``warmup`` or ``delay`` is neither an int nor a float.
-        ValueError: If a value is out of range, or the warm-up would not end within
-            ``total_steps``.
+        ValueError: If a value is out of range, or the warm-up would not end within ``total_steps``.
 
     Source: the exponential ramp is that of Federici et al., Multi-View Information Bottleneck,
     2020.
@@ -62,7 +61,7 @@ class Ramp(Schedule):
     delay: int | float = 0
     start: float = 0.0
     total_steps: int | None = None
-    # Filled in by over(). Not in the repr: a resumed run may be longer, and is the same ramp.
+    # Set by over(). Not in the repr: a resumed run may be longer, with the same ramp.
     laid_over: int | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +89,7 @@ class Ramp(Schedule):
 
     @property
     def needs_length(self) -> bool:
-        """Whether a fraction of the training is in it, and no ``total_steps``."""
+        """Whether ``warmup`` or ``delay`` is a fraction, and no ``total_steps`` is given."""
         return (
             self.total_steps is None
             and not self.warmup == self.delay == 0
