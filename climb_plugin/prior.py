@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from numbers import Integral
@@ -10,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from climb_plugin.checks import checked_number, checked_width
 from climb_plugin.gaussian import (
     Posterior,
     bound_logvar,
@@ -103,13 +105,7 @@ class ViewPrior(Prior):
 
     def __init__(self, views: int | Sequence[int] = 1) -> None:
         super().__init__()
-        counts = tuple(views) if isinstance(views, Sequence) else (views,)
-        if not counts or any(
-            isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in counts
-        ):
-            raise ValueError(f"views must be a positive int, or some of them, got {views!r}.")
-        counts = tuple(int(count) for count in counts)
-        self.views = counts if isinstance(views, Sequence) else counts[0]
+        self.views = checked_views(views)
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
         """The symmetric KLs in nats of all pairs of views of all images.
@@ -126,6 +122,96 @@ class ViewPrior(Prior):
         """
         views = paired_views(posteriors, self.views, name="view")
         return per_sample([symmetric_kl(*one, *two) for one, two in combinations(views, 2)])
+
+
+class BackwardPrior(Prior):
+    """A Gaussian around what another view says: N(gain * mean(v_j), diag(var)), both learned.
+
+    The rate then bounds I(z; v_i | v_j), the information of a view that the other one does not
+    share. In the linear-Gaussian case the bound is tight, where that of :class:`ViewPrior` is
+    loose. The gradient through mean(v_j) is left out by default, so that a view is drawn to what
+    the other one says and does not draw that away.
+
+    Args:
+        dim: Width of the samples.
+        var: Variance at the start, of each dimension; the gain starts at 1.
+        targets: How many views, the first ones, serve as v_j: with multi-crop, those that are
+            large. None: all.
+        views: How many views each forward call of the head holds, as in :class:`ViewPrior`.
+        detach: Whether mean(v_j) is a constant.
+
+    Raises:
+        ValueError: If ``var`` is no positive number within the bounds of a learned variance,
+            ``targets`` is less than 2, or ``views`` is not made of positive integers.
+
+    Source: the backward encoder of Fischer, The Conditional Entropy Bottleneck, 2020, and Lee et
+    al., Compressive Visual Representations, 2021. That both are diagonal and linear in the mean,
+    and the place of the gradient, are choices of this package.
+    """
+
+    compares_views = True
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        var: float = 1.0,
+        targets: int | None = None,
+        views: int | Sequence[int] = 1,
+        detach: bool = True,
+    ) -> None:
+        super().__init__()
+        if checked_number("var", var) == 0:
+            raise ValueError("var must be above 0, got 0.")
+        if targets is not None and (checked_width("targets", targets) < 2):
+            raise ValueError(
+                "targets must be at least 2, or the first view would have no other one to be "
+                f"compared with, got {targets}."
+            )
+        self.gain = nn.Parameter(torch.ones(dim))
+        self.raw_logvar = nn.Parameter(torch.full((dim,), unbound_logvar(math.log(var))))
+        self.targets = targets
+        self.views = checked_views(views)
+        self.detach = detach
+
+    def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
+        """The rates in nats of all views of all images, in a vector.
+
+        Each is the mean over the other views that serve as targets. The cost is linear in the
+        number of views: the sum over targets of a quadratic is that around their mean.
+
+        Args:
+            posteriors: One per forward call; row i of each view belongs to the same image.
+
+        Raises:
+            ValueError: As :meth:`ViewPrior.forward`; if there are fewer views than targets.
+        """
+        views = paired_views(posteriors, self.views, name="backward")
+        count = len(views) if self.targets is None else self.targets
+        if count > len(views):
+            raise ValueError(f"targets={count}, but this loss saw {len(views)} views.")
+        means = [widened(view.mean) for view in views[:count]]
+        targets = torch.stack([mean.detach() for mean in means] if self.detach else means)
+        centre = targets.mean(dim=0)
+        offsets = targets - centre
+        first, second = offsets.sum(dim=0), offsets.square().sum(dim=0)
+        rates = []
+        for index, view in enumerate(views):
+            others, away, square = count, first, second
+            if index < count:  # a view is no target of its own
+                others, away = count - 1, first - offsets[index]
+                square = second - offsets[index].square()
+            away = away / others
+            spread = square / others - away.square()
+            rates.append(self._rate(view, centre + away, spread))
+        return per_sample(rates)
+
+    def _rate(self, view: Posterior, mean: Tensor, spread: Tensor) -> Tensor:
+        """KL to the targets, whose mean and whose variance around it are given, on average."""
+        gain = widened(self.gain)
+        logvar = bound_logvar(widened(self.raw_logvar)).expand_as(mean)
+        around_the_mean = kl_between(*view, gain * mean, logvar)
+        return around_the_mean + (gain.square() * spread * torch.exp(-logvar)).sum(dim=-1) / 2
 
 
 def paired_views(
@@ -160,6 +246,21 @@ def paired_views(
     return views
 
 
+def checked_views(views: int | Sequence[int]) -> int | tuple[int, ...]:
+    """The numbers of views of each call, as ints.
+
+    Raises:
+        ValueError: If one is no positive integer, or there is none.
+    """
+    counts = tuple(views) if isinstance(views, Sequence) else (views,)
+    if not counts or any(
+        isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in counts
+    ):
+        raise ValueError(f"views must be a positive int, or some of them, got {views!r}.")
+    whole = tuple(int(count) for count in counts)
+    return whole if isinstance(views, Sequence) else whole[0]
+
+
 def _split(posteriors: Sequence[Posterior], views: int | Sequence[int]) -> list[Posterior]:
     shapes = [tuple(posterior.mean.shape) for posterior in posteriors]
     counts = (views,) * len(shapes) if isinstance(views, int) else views
@@ -188,7 +289,9 @@ PRIORS: dict[str, Callable[..., Prior]] = {
     "standard": lambda width, views: StandardPrior(),
     "learned": lambda width, views: LearnedPrior(width),
     "view": lambda width, views: ViewPrior(views),
+    "backward": lambda width, views: BackwardPrior(width, views=views),
 }
+_PAIRED = ("view", "backward")
 PriorLike: TypeAlias = str | Prior | Callable[[int], Prior]
 
 
@@ -210,12 +313,13 @@ def make_priors(
     """
     if isinstance(prior, str) and prior not in PRIORS:
         raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, got {prior!r}.")
-    if views != 1 and prior != "view":
+    views = checked_views(views)
+    if views != 1 and prior not in _PAIRED:
         raise ValueError(
-            f"views={views!r} is for prior='view': prior={prior_name(prior)!r} has no use for it."
+            f"views={views!r} is for prior='view' and 'backward': prior={prior_name(prior)!r} has "
+            "no use for it."
         )
     if isinstance(prior, str):
-        ViewPrior(views)  # which checks them, also where there is no head
         return [PRIORS[prior](width, views) for width in widths]
     if isinstance(prior, Prior):
         if len(widths) > 1:
