@@ -12,12 +12,18 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from climb_plugin.affine import LOGVARS
 from climb_plugin.checks import checked_number
 from climb_plugin.prior import PRIORS
 from climb_plugin.schedule import SHAPES, Constant, Exponential, Ramp, Schedule, TargetRate
 from climb_plugin.settings import PLACES, Settings
 
-CHOICES = {"climb_prior": [*PRIORS], "climb_at": [*PLACES], "climb_schedule": ["constant", *SHAPES]}
+CHOICES = {
+    "climb_prior": [*PRIORS],
+    "climb_at": [*PLACES],
+    "climb_schedule": ["constant", *SHAPES],
+    "climb_logvar": [*LOGVARS],
+}
 DEFAULTS: Mapping[str, Any] = {
     "climb_beta": 0.0,
     "climb_alpha": Settings.alpha,
@@ -28,6 +34,7 @@ DEFAULTS: Mapping[str, Any] = {
     "climb_target_rate": None,
     "climb_free_nats": Settings.free_nats,
     "climb_init_std": Settings.init_std,
+    "climb_logvar": Settings.logvar,
 }
 """All keys; the documentation explains each."""
 
@@ -96,7 +103,7 @@ def _checked(keys: dict[str, Any]) -> dict[str, Any]:
 
 def settings(keys: Mapping[str, Any], schedule: Schedule) -> Settings:
     """The options that the keys stand for."""
-    names = ("alpha", "prior", "at", "free_nats", "init_std")
+    names = ("alpha", "prior", "at", "free_nats", "init_std", "logvar")
     return Settings(beta=schedule, **{name: keys[f"climb_{name}"] for name in names})
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from climb_plugin.adapters.find import find_losses
-from climb_plugin.adapters.solo_config import DEFAULTS, make_schedule, read_keys
+from climb_plugin.adapters.solo_config import DEFAULTS, make_schedule, read_keys, settings
 from climb_plugin.adapters.solo_config import register as register
 from climb_plugin.adapters.solo_resume import ResumingCallback
 from climb_plugin.attach import NAME, attach
@@ -187,18 +187,24 @@ def _make_loss(module: Any, keys: Mapping[str, Any]) -> ClimbLoss:
     # Momentum updates pair parameters one to one, so the twin needs the same ones.
     twins = [twin for online, twin in getattr(module, "momentum_pairs", ()) if online is student]
     teacher = twins[0] if twins else getattr(module, f"momentum_{names[0]}", None)
-    at, std = keys["climb_at"], keys["climb_init_std"]
+    options = settings(keys, make_schedule(keys))
     try:
-        placed = attach(student, teacher=teacher, at=at, init_std=std)
+        placed = attach(
+            student,
+            teacher=teacher,
+            at=options.at,
+            init_std=options.init_std,
+            logvar=options.logvar,
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"climb_beta cannot act on {method}.{names[0]}: {error}") from error
     loss = ClimbLoss(
         _as_it_is,
         heads=placed,
-        beta=make_schedule(keys),
-        alpha=keys["climb_alpha"],
-        prior=keys["climb_prior"],
-        free_nats=keys["climb_free_nats"],
+        beta=options.beta,
+        alpha=options.alpha,
+        prior=options.prior,
+        free_nats=options.free_nats,
         check_base=False,
     )
     _hold_priors(loss, student, teacher)

@@ -27,12 +27,7 @@ class Affine(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Of shape (..., B, out_features) for (..., B, in_features)."""
-        if hasattr(self.bias, "device_mesh") and not hasattr(embedding, "device_mesh"):
-            raise RuntimeError(
-                "the parameters of a GaussianHead are sharded while it runs, because the layer "
-                "that hosts them was sharded by itself: call fully_shard(criterion.heads[0]) "
-                "before that."
-            )
+        _check_gathered(self.bias, embedding)
         return F.linear(embedding, self.weight.to(embedding.dtype), self.bias.to(embedding.dtype))
 
 
@@ -65,12 +60,53 @@ class Logvar(Affine):
 
     def is_at_start(self) -> bool:
         """Whether the weights are those of the start; waits for the device."""
-        # Modes that record operations compare a second run of checkpointed code with the first.
-        # They must not see this check, which the second run does not repeat.
         with torch.no_grad(), without_modes():
-            # Near, not equal: half precision rounds the bias, and .double() keeps that.
-            is_near = (self.bias - self._start).abs() < 0.05
-            return not bool(self.weight.any()) and bool(is_near.all())
+            is_zero = not bool(self.weight.any())
+        return is_zero and is_near(self.bias, self._start)
+
+
+class SharedLogvar(nn.Module):
+    """One learned log-variance for each dimension, without bounds; the same for every image."""
+
+    def __init__(self, in_features: int, out_features: int, *, init_std: float) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(out_features))
+        self._start = unbound_logvar(2 * math.log(init_std))
+        self.reset_parameters()
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Of shape (..., B, out_features) for (..., B, in_features)."""
+        _check_gathered(self.bias, embedding)
+        return self.bias.to(embedding.dtype).expand(*embedding.shape[:-1], -1)
+
+    def reset_parameters(self) -> None:
+        """Initialises the parameters; draws no random numbers."""
+        nn.init.constant_(self.bias, self._start)
+
+    def is_at_start(self) -> bool:
+        """Whether the parameters are those of the start; waits for the device."""
+        return is_near(self.bias, self._start)
+
+
+LOGVARS: dict[str, type[Logvar] | type[SharedLogvar]] = {"linear": Logvar, "shared": SharedLogvar}
+"""What a log-variance can be: a linear function of the embedding, or the same for every image."""
+
+
+def is_near(bias: Tensor, start: float) -> bool:
+    """Whether all entries are near ``start``; half precision rounds, and .double() keeps that."""
+    # Modes that record operations compare a second run of checkpointed code with the first.
+    # They must not see this check, which the second run does not repeat.
+    with torch.no_grad(), without_modes():
+        return bool(((bias - start).abs() < 0.05).all())
+
+
+def _check_gathered(bias: Tensor, embedding: Tensor) -> None:
+    if hasattr(bias, "device_mesh") and not hasattr(embedding, "device_mesh"):
+        raise RuntimeError(
+            "the parameters of a GaussianHead are sharded while it runs, because the layer "
+            "that hosts them was sharded by itself: call fully_shard(criterion.heads[0]) "
+            "before that."
+        )
 
 
 def checked_std(init_std: float) -> float:
@@ -88,3 +124,14 @@ def checked_std(init_std: float) -> float:
             f"the learned std, got {init_std!r}."
         )
     return float(init_std)
+
+
+def checked_form(logvar: str) -> str:
+    """``logvar``, if it is a key of ``LOGVARS``.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if logvar not in LOGVARS:
+        raise ValueError(f"logvar must be one of {', '.join(map(repr, LOGVARS))}, got {logvar!r}.")
+    return logvar

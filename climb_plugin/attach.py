@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from climb_plugin._run.place import Place, find_place
 from climb_plugin._run.refusals import check_module, check_pair, named_tensors
 from climb_plugin._torch import backward_pass, has_hook, is_replica
+from climb_plugin.checks import warn
 from climb_plugin.head import GaussianHead
 
 NAME = "gaussian"
@@ -57,6 +58,7 @@ def attach(
     teacher: nn.Module | None = None,
     at: str = "projection",
     init_std: float = 0.1,
+    logvar: str = "linear",
 ) -> Attached:
     """Hangs a Gaussian head on ``student``, and a frozen twin on ``teacher``.
 
@@ -70,6 +72,7 @@ def attach(
         at: ``"projection"``: at the end of the projection MLP, before an L2 normalisation or
             prototypes inside the head. ``"features"``: before the projection head.
         init_std: Standard deviation at the start, in units of the embedding.
+        logvar: ``"linear"`` or ``"shared"``, as in :class:`~climb_plugin.GaussianHead`.
 
     Returns:
         A handle with the head and ``remove()``.
@@ -89,7 +92,7 @@ def attach(
         False
     """
     place = checked_place(student, teacher=teacher, at=at)
-    return hang(place, student, teacher, init_std=init_std)
+    return hang(place, student, teacher, init_std=init_std, logvar=logvar)
 
 
 def checked_place(student: nn.Module, *, teacher: nn.Module | None, at: str) -> Place:
@@ -107,12 +110,18 @@ def checked_place(student: nn.Module, *, teacher: nn.Module | None, at: str) -> 
 
 
 def hang(
-    place: Place, student: nn.Module, teacher: nn.Module | None, *, init_std: float
+    place: Place,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    *,
+    init_std: float,
+    logvar: str,
 ) -> Attached:
     """Hangs a head in a given place, and a frozen twin on ``teacher``."""
     parameter = next(student.parameters())
     with torch.device(parameter.device):
-        head = GaussianHead(place.width, init_std=init_std).to(parameter.dtype)
+        head = GaussianHead(place.width, init_std=init_std, logvar=logvar).to(parameter.dtype)
+    _say_what_is_wide(head, student)
     hung = [_Hung(head, place)]
     if teacher is not None:
         # A copy: building a second head would restart the noise.
@@ -251,6 +260,16 @@ class _Hung:
             # A conversion (synchronised batch norm, LoRA) replaced the layer: hook the new one.
             self._handles[1].remove()
             self._handles[1] = self._hook(part)
+
+
+def _say_what_is_wide(head: GaussianHead, student: nn.Module) -> None:
+    added, there = (sum(p.numel() for p in part.parameters()) for part in (head, student))
+    if added > 1_000_000 and 4 * added > there:
+        warn(
+            f"CLIMB: the log-variance of this GaussianHead has {added:,} parameters, beside "
+            f"{there:,} of the projection head. logvar='shared' has {head.out_features:,}: one "
+            "for each dimension, the same for every image."
+        )
 
 
 def _host(module: nn.Module, place: Place) -> nn.Module:

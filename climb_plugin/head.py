@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NoReturn, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from climb_plugin._torch import (
     is_replica,
     transforms_active,
 )
-from climb_plugin.affine import Logvar, Mean, checked_std
+from climb_plugin.affine import LOGVARS, Logvar, Mean, SharedLogvar, checked_form, checked_std
 from climb_plugin.checks import checked_width, warn
 from climb_plugin.gaussian import Posterior, bound_logvar, widened
 
@@ -49,9 +49,13 @@ class GaussianHead(nn.Module):
         in_features: Width of the embedding.
         out_features: Width of the sample. None: the embedding itself is the mean.
         init_std: Standard deviation at the start, in units of the embedding.
+        logvar: ``"linear"``: the log-variance is a linear function of the embedding, with
+            in_features x out_features parameters. ``"shared"``: one learned number for each
+            dimension, the same for every image.
 
     Raises:
-        ValueError: If a width is not positive or ``init_std`` is out of range.
+        ValueError: If a width is not positive, ``init_std`` is out of range or ``logvar`` is
+            unknown.
 
     Shape:
         Input (..., B, in_features), output (..., B, out_features).
@@ -69,7 +73,12 @@ class GaussianHead(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int | None = None, *, init_std: float = 0.1
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        init_std: float = 0.1,
+        logvar: str = "linear",
     ) -> None:
         super().__init__()
         self.in_features = checked_width("in_features", in_features)
@@ -80,10 +89,15 @@ class GaussianHead(nn.Module):
         )
         self.init_std = checked_std(init_std)
         self.mean = None if out_features is None else Mean(self.in_features, self.out_features)
-        self.logvar = Logvar(self.in_features, self.out_features, init_std=self.init_std)
+        self._form = logvar
+        form = LOGVARS[checked_form(logvar)]
+        self.logvar: Logvar | SharedLogvar = form(
+            self.in_features, self.out_features, init_std=self.init_std
+        )
         # The number of the last call with each outcome, for messages.
         self.last_calls: dict[str, int] = {}
         self._is_started = False  # Whether the head has sampled, or has loaded weights.
+        self.register_load_state_dict_pre_hook(_check_form)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_start)  # type: ignore[no-untyped-call]
         noise.begin()
 
@@ -192,14 +206,28 @@ class GaussianHead(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """The widths and ``init_std``."""
-        return f"{self.in_features}, {self.out_features}, init_std={self.init_std}"
+        """The widths, ``init_std``, and the form of the log-variance if that is shared."""
+        shown = f"{self.in_features}, {self.out_features}, init_std={self.init_std}"
+        return shown if self._form == "linear" else f"{shown}, logvar={self._form!r}"
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
             "torch.jit.script cannot compile a GaussianHead: take CLIMB out first with "
             "climb_plugin.unwrap(criterion), or use torch.jit.trace or torch.export on the model "
             "in eval()."
+        )
+
+
+def _check_form(head: GaussianHead, state: Mapping[str, object], prefix: str, *lists: Any) -> None:
+    """Says more of a state with the other form of log-variance than that keys are missing."""
+    if f"{prefix}logvar.bias" not in state:
+        return
+    form = "linear" if f"{prefix}logvar.weight" in state else "shared"
+    if form != head._form:
+        errors: list[str] = lists[-1]
+        errors.append(
+            f"the state of the GaussianHead {prefix.rstrip('.')!r} was saved with logvar={form!r}, "
+            f"and the model has logvar={head._form!r}: build the model with logvar={form!r}."
         )
 
 

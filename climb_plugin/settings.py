@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from climb_plugin.affine import checked_std
+from climb_plugin.affine import checked_form, checked_std
 from climb_plugin.checks import checked_number
 from climb_plugin.prior import PriorLike, make_priors
 from climb_plugin.schedule import Schedule, as_schedule
@@ -27,12 +27,14 @@ class Settings:
             information drives the std to the lower bound.
         prior: The distribution that the rate is measured to. ``"standard"``: N(0, I).
             ``"learned"``: a diagonal Gaussian, whose parameters belong to the loss (give them to
-            the optimiser). ``"view"``: the posteriors of the other views of the same image; the
-            loss must see the posteriors of all views, of one batch size, in one call. Or a
-            :class:`~climb_plugin.prior.Prior`, or a function that makes one for a width.
-        views: For ``prior="view"``: how many views each forward call of the head holds, one after
-            the other as ``torch.cat`` puts them; a sequence, in the order of the calls, if they
-            differ.
+            the optimiser). ``"backward"``: a Gaussian around the mean of another view of the same
+            image, whose gain and variance are learned, too. ``"view"``: the posteriors of the
+            other views. For these two the loss must see all views, of one batch size, in one
+            call. Or a :class:`~climb_plugin.prior.Prior`, or a function that makes one for a
+            width.
+        views: For priors that compare views: how many views each forward call of the head holds,
+            one after the other as ``torch.cat`` puts them; a sequence, in the order of the calls,
+            if they differ.
         free_nats: Nats that cost nothing, per sample and head, over all dimensions: a sample with a
             rate below gets no gradient from the rate.
         at: ``"projection"``: the Gaussian is at the end of the projection MLP, before an L2
@@ -41,6 +43,8 @@ class Settings:
         init_std: Standard deviation at the start, in units of the embedding: take about a tenth of
             the embedding's std. SimCLR's head starts with an embedding std near 1 per dimension,
             BYOL's 0.3, lightly's DINO head 0.3 with ``batch_norm=True`` but 0.01 to 0.06 without.
+        logvar: ``"linear"``: the log-variance is a linear function of the embedding, D x D
+            parameters. ``"shared"``: one learned number for each dimension, for wide embeddings.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -54,12 +58,14 @@ class Settings:
     free_nats: float = 0.0
     at: str = "projection"
     init_std: float = 0.1
+    logvar: str = "linear"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "beta", as_schedule(self.beta))
         for name in ("alpha", "free_nats"):
             object.__setattr__(self, name, checked_number(name, getattr(self, name)))
         object.__setattr__(self, "init_std", checked_std(self.init_std))
+        checked_form(self.logvar)
         make_priors(self.prior, [], views=self.views)
         check_place(self.at)
 

@@ -25,6 +25,7 @@ def wrap(
     alpha: float = 0.0,
     free_nats: float = 0.0,
     init_std: float = 0.1,
+    logvar: str = "linear",
 ) -> ClimbLoss:
     """Adds CLIMB to a loss and to the projection head behind that loss.
 
@@ -45,11 +46,12 @@ def wrap(
             optimiser steps. This and the others are as in :class:`~climb_plugin.settings.Settings`.
         at: Place of the Gaussian: ``"projection"`` or ``"features"``.
         prior: The distribution that the rate is measured to: ``"standard"``, ``"learned"``,
-            ``"view"`` or a :class:`~climb_plugin.prior.Prior`.
-        views: How many views each call of the head holds, for ``prior="view"``.
+            ``"view"``, ``"backward"`` or a :class:`~climb_plugin.prior.Prior`.
+        views: How many views each call of the head holds, for priors that compare views.
         alpha: Weight of the conditional entropy beside the rate.
         free_nats: Nats of rate that cost nothing, per sample and head.
         init_std: Standard deviation at the start, in units of the embedding.
+        logvar: ``"linear"``, or ``"shared"`` for wide embeddings.
 
     Returns:
         The criterion; call it as you called ``loss``.
@@ -82,9 +84,12 @@ def wrap(
         free_nats=free_nats,
         at=at,
         init_std=init_std,
+        logvar=logvar,
     )
     place = checked_place(student, teacher=teacher, at=at)
-    attached = None if settings.is_off else hang(place, student, teacher, init_std=init_std)
+    attached = None
+    if not settings.is_off:
+        attached = hang(place, student, teacher, init_std=init_std, logvar=logvar)
     try:
         return ClimbLoss(
             loss,

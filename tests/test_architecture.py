@@ -11,10 +11,10 @@ PAGE = (ROOT / "climb_plugin" / "ARCHITECTURE.md").read_text()
 
 
 def test_every_file_that_it_names_exists() -> None:
-    named = set(re.findall(r"`((?:_graph/|_run/|schedule/|tests/)?[a-z_]+\.py)`", PAGE))
+    named = set(re.findall(r"`((?:_graph/|_run/|prior/|schedule/|tests/)?[a-z_]+\.py)`", PAGE))
     assert {"tests/test_steps.py", "head.py", "_graph/sample.py"} <= named
     core = ROOT / "climb_plugin"
-    places = [ROOT, core, core / "_graph", core / "_run", core / "schedule"]
+    places = [ROOT, core, core / "_graph", core / "_run", core / "prior", core / "schedule"]
     missing = {name for name in named if not any((place / name).exists() for place in places)}
     assert not missing
 

@@ -19,7 +19,7 @@ import climb_plugin
 from climb_plugin import ClimbLoss, ClimbTerms, GaussianHead
 from climb_plugin.gaussian import Posterior
 from climb_plugin.monitor import Measurements, measure
-from climb_plugin.prior import LearnedPrior, StandardPrior, ViewPrior
+from climb_plugin.prior import BackwardPrior, LearnedPrior, StandardPrior, ViewPrior
 from climb_plugin.schedule import Constant, Ramp, TargetRate
 
 
@@ -81,6 +81,10 @@ MODULES: dict[type, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
     StandardPrior: (StandardPrior, lambda prior: prior([posterior()])),
     LearnedPrior: (learned, lambda prior: prior([posterior()])),
+    BackwardPrior: (
+        lambda: BackwardPrior(6, targets=2),
+        lambda prior: prior([posterior(), posterior()]),
+    ),
     ViewPrior: (lambda: ViewPrior(2), lambda prior: prior([posterior()])),
 }
 EVERYTHING = {**VALUES, **MODULES}
@@ -97,6 +101,7 @@ PARTS = {
     "Prior",  # abstract
     "Schedule",  # abstract
     "Settings",
+    "SharedLogvar",
     "Short",
 }
 

@@ -170,7 +170,7 @@ class Steps:
             return
         warn(
             "the prior is learned, its parameters belong to the loss, and no optimiser holds "
-            "them, so it stays at N(0, I): add list(loss.parameters()) to the optimiser."
+            "them, so they stay as they are: add list(loss.parameters()) to the optimiser."
         )
 
     def _find(self, *wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:

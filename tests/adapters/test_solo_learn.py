@@ -318,11 +318,14 @@ def test_methods_without_an_embedding_are_refused() -> None:
         runs.train("base", runs.config("base", climb_beta=1.0))
 
 
-def test_a_prior_of_views_needs_views() -> None:
-    with pytest.raises(ValueError, match=r"climb_prior='view' in ReSSL: .*'standard'") as caught:
-        runs.train("ressl", runs.config("ressl", climb_beta=0.1, climb_prior="view"))
+@pytest.mark.parametrize("prior", ["view", "backward"])
+def test_a_prior_of_views_needs_views(prior: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"climb_prior='{prior}' in ReSSL: .*'standard'"
+    ) as caught:
+        runs.train("ressl", runs.config("ressl", climb_beta=0.1, climb_prior=prior))
     assert "views=" not in str(caught.value)
-    _, _, watch = runs.train("simclr", simclr(climb_beta=0.1, climb_prior="view"))
+    _, _, watch = runs.train("simclr", simclr(climb_beta=0.1, climb_prior=prior))
     assert all(map(math.isfinite, watch.losses))
 
 
@@ -489,6 +492,21 @@ def test_resuming_goes_on_with_beta_step_and_prior(tmp_path: Path, prior: str) -
         == runs.hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in parts)).hexdigest()
     )
     assert any(key.endswith("climb_prior.mean") for key, _ in parts) == (prior == "learned")
+
+
+@pytest.mark.parametrize("name", ["barlow_twins", "dino", "simclr", "vicreg"])
+def test_the_backward_prior_and_a_shared_variance_resume(tmp_path: Path, name: str) -> None:
+    cfg = {"epochs": 3, "climb_beta": 0.01, "climb_prior": "backward", "climb_logvar": "shared"}
+    path = tmp_path / "first.ckpt"
+    model, _, whole = runs.train(name, runs.config(name, **cfg), runs.SaveAt(path))
+    (head,), (prior,) = model.climb.heads, model.climb.climb_priors
+    assert [tuple(p.shape) for p in head.logvar.parameters()] == [(32,)]
+    assert not torch.equal(prior.gain, torch.ones(32))
+    _, _, rest, said = resumed(path, runs.config(name, **cfg))
+    assert rest.losses == whole.losses[2:]
+    assert said == []
+    with pytest.raises(ValueError, match="climb_logvar was shared and is linear"):
+        resumed(path, runs.config(name, **{**cfg, "climb_logvar": "linear"}))
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

@@ -1,0 +1,50 @@
+"""Defines a prior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from climb_plugin.gaussian import Posterior
+
+
+class Prior(nn.Module):
+    """Maps the posteriors of one head to rates; the base of all priors, and of yours.
+
+    A subclass defines ``forward``, and ``compares_views`` if its rate depends on several views. The
+    parameters of a prior are among those of the loss, in the loss's state dict and in checkpoints;
+    they are trained only if an optimiser holds them.
+
+    Attributes:
+        compares_views: Whether the rate compares the views of an image with each other, and so does
+            not tell the distance of a posterior to a fixed prior.
+
+    Examples:
+        >>> from climb_plugin.gaussian import kl_between
+        >>> class Wide(Prior):
+        ...     def forward(self, posteriors):
+        ...         zeros = torch.zeros_like(posteriors[0].mean)
+        ...         return per_sample([kl_between(*one, zeros, zeros + 1) for one in posteriors])
+        >>> Wide()([Posterior(torch.zeros(2, 3), torch.ones(2, 3))])
+        tensor([0., 0.])
+    """
+
+    compares_views = False
+
+    def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
+        """The rates in nats of the samples of all views.
+
+        Args:
+            posteriors: One per forward call of the head, each of shape (..., B, D).
+
+        Returns:
+            One rate per sample, in a vector; :func:`per_sample` makes one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward(self, posteriors).")
+
+
+def per_sample(values: Sequence[Tensor]) -> Tensor:
+    """The samples of several tensors in one vector, so that in a mean each counts the same."""
+    return torch.cat([value.flatten() for value in values])
