@@ -29,6 +29,22 @@ WIDTH = 8
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
+class Watched(nn.Module):
+    """A module that sees every access, as the door to a base loss does."""
+
+    def __getattribute__(self, name: str) -> Any:
+        return super().__getattribute__(name)
+
+    def forward(self, view: Tensor) -> Tensor:
+        return view + 1
+
+
+def compiles_once_when_watched() -> bool:
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(Watched(), backend="aot_eager")
+        return holds_for_plain_torch(lambda: [compiled(torch.ones(2)) for _ in range(3)])
+
+
 def holds_for_plain_torch(call: Callable[[], Any]) -> bool:
     """Whether ``call``, which has no head in it, works with this torch."""
     try:
@@ -163,7 +179,8 @@ def test_a_compiled_loss_equals_eager_and_is_compiled_once(
         return torch.compile(part, backend="aot_eager")
 
     expected = train(make(Net), **copy.deepcopy(options))
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    once = part == "base" or compiles_once_when_watched()  # torch 2.5 does not
+    with torch._dynamo.config.patch(error_on_recompile=once):
         if part == "loss":
             seen = train(make(Net), compiled_loss=compiled, **copy.deepcopy(options))
         else:
@@ -275,7 +292,7 @@ def test_checkpointing_around_compiled_code_repeats_its_noise() -> None:
         out.sum().backward()
 
     if not holds_for_plain_torch(without_a_head):
-        pytest.skip("this torch (2.4) does not checkpoint compiled code")
+        pytest.skip("this torch (2.5) does not checkpoint compiled code")
     torch.testing.assert_close(gradients(checkpointed), gradients(lambda net: net))
 
 
@@ -345,7 +362,7 @@ class Autocast(nn.Module):
 
 def test_evaluation_exports() -> None:
     if not holds_for_plain_torch(lambda: torch.export.export(Autocast(), (torch.ones(2),))):
-        pytest.skip("this torch (2.4) does not export autocast regions")
+        pytest.skip("this torch (2.5) does not export autocast regions")
     net = make(Net, linear=True).eval()
     view = torch.randn(3, WIDTH)
     batch = torch.export.Dim("batch", min=2, max=64)

@@ -283,6 +283,7 @@ def test_a_damaged_position_is_refused(saved: object) -> None:
 
 
 def hogwild(rank: int, pickled: bytes, queue: Any) -> None:
+    torch.set_num_threads(1)  # the threads of the process that was forked are not here
     torch.manual_seed(1 + rank)
     queue.put((rank, noise_of(pickle.loads(pickled)).numpy().copy()))
 
