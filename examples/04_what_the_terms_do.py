@@ -428,10 +428,11 @@ plt.show()
 # %% [markdown]
 # Dashed: the closed forms. The standard and the learned prior take from all three coordinates
 # alike. The view prior empties the private coordinate first and leaves the shared one alone: its
-# points show how far the training got, since nothing limits them. The backward prior leaves the
-# shared one alone too, and takes from the private one no more than the standard prior does. The
-# base loss here asks for everything, shared or not. A contrastive loss asks only for what the
-# views share, so it may drop the private part by itself, and then these two priors have little
+# points show how far the training got, since nothing limits them. The backward prior takes from
+# the private coordinate no more than the standard prior does. Nothing limits its shared coordinate
+# either, but gain and variance of the prior have to follow the code, so the same 400 steps get less
+# far. The base loss here asks for everything, shared or not. A contrastive loss asks only for what
+# the views share, so it may drop the private part by itself, and then these two priors have little
 # left to do.
 
 # %% [markdown]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from climb_plugin import ClimbLoss, GaussianHead, wrap
+from climb_plugin import ClimbLoss, GaussianHead, unwrap, wrap
 from climb_plugin.attach import attach
 from climb_plugin.schedule import Linear
 
@@ -344,7 +344,7 @@ class TestHealthy:
         optimizer = sgd(student.parameters())
         loss = wrap(square, student=student, beta=1e-3)
         loss(student(torch.randn(16, 8))).backward()
-        loss.climb.remove()
+        unwrap(loss)
         optimizer.step()
 
 

@@ -58,5 +58,5 @@ def _wrappers() -> list[nn.Module]:
 
 def _averages(module: nn.Module) -> bool:
     """Whether something averages the gradients of all parameters of ``module``."""
-    held = {id(parameter) for wrapper in _wrappers() for parameter in wrapper.parameters()}
-    return held.issuperset(map(id, module.parameters()))
+    ids = {id(parameter) for wrapper in _wrappers() for parameter in wrapper.parameters()}
+    return ids.issuperset(map(id, module.parameters()))

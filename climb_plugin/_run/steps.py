@@ -112,18 +112,18 @@ class Steps:
         Raises:
             RuntimeError: If the optimiser moves layers before a head that no optimiser holds.
         """
-        held = _held(optimizer)
+        ids = _ids_in(optimizer)
         parameters = self._parameters()
         trained = [p for p in parameters if p.requires_grad]
-        if any(id(p) in held for p in parameters) or (
-            not trained and any(id(leaf) in held for leaf in self._upstream())
+        if any(id(p) in ids for p in parameters) or (
+            not trained and any(id(leaf) in ids for leaf in self._upstream())
         ):
             self._counting = ref(optimizer)
             self._called = False
             self._passes = 0
             self._count(optimizer)
-            self._check_prior(held)
-        elif self._called and trained and self._holder_is_gone(trained) and self._moves(held):
+            self._check_prior(ids)
+        elif self._called and trained and self._holder_is_gone(trained) and self._moves(ids):
             self._check_held(trained)
 
     def stop(self) -> None:
@@ -142,10 +142,10 @@ class Steps:
 
     def _holder_is_gone(self, trained: list[nn.Parameter]) -> bool:
         holder = None if self._counting is None else self._counting()
-        return holder is None or not any(id(p) in _held(holder) for p in trained)
+        return holder is None or not any(id(p) in _ids_in(holder) for p in trained)
 
-    def _moves(self, held: set[int]) -> bool:
-        return any(id(leaf) in held for leaf in self._upstream())
+    def _moves(self, ids: set[int]) -> bool:
+        return any(id(leaf) in ids for leaf in self._upstream())
 
     def _check_held(self, trained: list[nn.Parameter]) -> None:
         found = self._find(trained)
@@ -161,12 +161,12 @@ class Steps:
             "requires_grad_(False)."
         )
 
-    def _check_prior(self, held: set[int]) -> None:
+    def _check_prior(self, ids: set[int]) -> None:
         if self._prior_checked:
             return
         self._prior_checked = True
         learned = [p for p in self._priors.parameters() if p.requires_grad]
-        if not learned or any(id(p) in held for p in learned) or self._find(learned) is not None:
+        if not learned or any(id(p) in ids for p in learned) or self._find(learned) is not None:
             return
         warn(
             "the prior is learned, its parameters belong to the loss, and no optimiser holds "
@@ -175,11 +175,11 @@ class Steps:
 
     def _find(self, *wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:
         """An optimiser that holds one of these tensors; earlier arguments go first."""
-        optimizers = [(one, _held(one)) for one in living(lambda k: issubclass(k, Optimizer))]
+        optimizers = [(one, _ids_in(one)) for one in living(lambda k: issubclass(k, Optimizer))]
         for tensors in wanted:
-            ids = {id(tensor) for tensor in tensors}
-            for optimizer, held in optimizers:
-                if ids & held:
+            sought = {id(tensor) for tensor in tensors}
+            for optimizer, ids in optimizers:
+                if ids & sought:
                     return ref(optimizer)
         return None
 
@@ -199,7 +199,7 @@ class Steps:
         self._steps = state["step"]
 
 
-def _held(optimizer: Optimizer) -> set[int]:
+def _ids_in(optimizer: Optimizer) -> set[int]:
     # A half-built optimiser has no groups yet.
     groups = getattr(optimizer, "param_groups", ())
     return {id(parameter) for group in groups for parameter in group["params"]}
