@@ -313,7 +313,7 @@ for place in ("features", "embedding"):
 # - **The backward prior destroys far less, and helps no more.** Up to beta 0.03 the label in the
 #   embedding is 2 to 4 points below plain on average, about as with the standard prior, and the
 #   shared stamp stays at 98 %; the tight bound does not overcharge the digit. Only at 0.3 does the
-#   label go, by 19 points. The private stamp, which it should remove, is hardly there to begin with.
+#   label go, by 19 points. The private stamp, which it should remove, is hardly there anyway.
 # - **The features are less touched than the embedding.** The view prior takes up to 7 points of the
 #   label there, and at the largest beta 8 of the shared stamp; no other prior moves anything by
 #   more than about 3 points.
