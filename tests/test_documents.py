@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -110,18 +111,32 @@ def reference() -> ModuleType:
         return importlib.import_module("reference")
 
 
-def test_every_reference_in_a_docstring_is_to_something(reference: ModuleType) -> None:
-    faults, checked = [], 0
-    for name in reference.names():
-        try:
-            module = importlib.import_module(name)
-        except ImportError:  # an adapter, and no host
-            assert name.startswith("climb_plugin.adapters.")
-            continue
-        checked += 1
-        faults += reference.broken(module)
-    assert faults == []
-    assert checked > 10
+# In a process of its own: where a host is missing, pytest's search for doctests leaves halves of
+# the adapters' modules behind.
+CHECK = """
+import importlib, reference
+checked = 0
+for name in reference.names():
+    try:
+        module = importlib.import_module(name)
+    except ImportError:  # an adapter, and no host
+        assert name.startswith("climb_plugin.adapters."), name
+        continue
+    checked += 1
+    print(*reference.broken(module), sep="\\n", end="")
+assert checked > 10, checked
+"""
+
+
+def test_every_reference_in_a_docstring_is_to_something() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 PAGE = '''

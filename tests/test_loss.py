@@ -475,7 +475,7 @@ class TestWrongInput:
 
     @pytest.mark.parametrize(("heads", "beta"), [(GaussianHead(6), 0.1), ((), 0.0)])
     def test_prior(self, heads: object, beta: float) -> None:
-        with pytest.raises(ValueError, match="'standard', 'learned', 'view', got 'normal'"):
+        with pytest.raises(ValueError, match="'view', 'backward', got 'normal'"):
             make(prior="normal", heads=heads, beta=beta)
 
     def test_base(self) -> None:
@@ -540,7 +540,7 @@ class TestWrongInput:
 
     @pytest.mark.parametrize("prior", PRIORS[:2])
     def test_views_without_effect(self, prior: str) -> None:
-        with pytest.raises(ValueError, match=rf"views=2 is for prior='view': prior='{prior}' has"):
+        with pytest.raises(ValueError, match=f"views=2 is for .* prior='{prior}' has"):
             make(prior=prior, views=2)
 
     @pytest.mark.parametrize("views", [3, (2, 2), (4, 4, 4)])

@@ -614,7 +614,7 @@ REFUSALS = {
     ),
     "unknown at with beta 0": refusal("at must be one of", at="", beta=0),
     "unknown prior": refusal(
-        "prior must be one of 'standard', 'learned', 'view', got 'laplace'", prior="laplace"
+        "one of 'standard', 'learned', 'view', 'backward', got 'laplace'", prior="laplace"
     ),
     "negative beta": refusal(r"beta must be finite and not negative, got -0\.001", beta=-1e-3),
     "beta NaN": refusal("beta must be finite.*got nan", beta=float("nan")),

@@ -75,7 +75,7 @@ def fit(pl: Any, trained: Any, folder: Path, *, epochs: int, checkpoint: Path | 
         )
     rows = torch.randn(4 * BATCHES, 6, generator=torch.Generator().manual_seed(0))
     data = DataLoader(TensorDataset(rows), batch_size=4, generator=torch.Generator())
-    trainer.fit(trained, data, ckpt_path=checkpoint, weights_only=False)
+    trainer.fit(trained, data, ckpt_path=checkpoint)
     return trainer
 
 
