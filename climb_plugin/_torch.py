@@ -1,4 +1,4 @@
-"""Holds every private name of torch that this package uses, with the reason and a substitute.
+"""Holds every private name of torch that this package uses, with the reason for each.
 
 Nothing else in the package may use a name of torch that begins with an underscore. One test calls
 all functions here, so that a release of torch without a name is noticed by that name.

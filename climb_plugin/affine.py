@@ -132,6 +132,6 @@ def checked_form(logvar: str) -> str:
     Raises:
         ValueError: If it is not.
     """
-    if logvar not in LOGVARS:
+    if not isinstance(logvar, str) or logvar not in LOGVARS:
         raise ValueError(f"logvar must be one of {', '.join(map(repr, LOGVARS))}, got {logvar!r}.")
     return logvar

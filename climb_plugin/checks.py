@@ -9,8 +9,10 @@ import sys
 import warnings
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 
@@ -53,6 +55,26 @@ def checked_width(name: str, value: int) -> int:
     if width < 1 or isinstance(value, bool):
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     return width
+
+
+def checked_scalar(value: Any) -> Tensor:
+    """The value of a base loss, if it is a tensor with one element.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If it has more elements, or none.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"the base loss must return a scalar tensor, got {type(value).__name__}: wrap a "
+            "function that picks the scalar."
+        )
+    if value.numel() != 1:
+        raise ValueError(
+            f"the base loss must return a scalar tensor, got shape {tuple(value.shape)}: use its "
+            "reduction='mean', or wrap a function that reduces it."
+        )
+    return value
 
 
 def is_number(value: object) -> bool:

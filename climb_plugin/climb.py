@@ -6,16 +6,19 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from climb_plugin._graph import noise
 from climb_plugin._run.watch import Watch
 from climb_plugin.checks import checked_number, checked_step
+from climb_plugin.distributed import beside, mean_over_ranks
 from climb_plugin.head import GaussianHead
 from climb_plugin.prior import prior_name
 from climb_plugin.schedule import Schedule, as_schedule
-from climb_plugin.schedule.base import beta_at, show_rate
+from climb_plugin.schedule.base import beta_at
 from climb_plugin.settings import Settings, is_off
+from climb_plugin.state import checked_position, checked_rates, checked_schedules, copied
 from climb_plugin.terms import ClimbTerms
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ class Climb:
         self._prior = prior_name(settings.prior)
         self._free_nats = settings.free_nats
         self.alpha = settings.alpha
+        self._rates: list[Tensor] = []  # of the calls of one step, until the step is over
+        self._rates_step = 0
         self.schedule = settings.schedule
         self.observers: list[Callable[[ClimbTerms, bool], None]] = []
         self.watches = True
@@ -110,6 +115,7 @@ class Climb:
             )
         if schedule is not self.__dict__.get("_schedule"):
             schedule.belong_to(self, free_nats=self.free_nats * len(self.heads))
+            self._rates = []
         self._schedule = schedule
 
     def lay(self, total_steps: int | None) -> None:
@@ -119,12 +125,15 @@ class Climb:
             total_steps: As in :meth:`~climb_plugin.schedule.base.Schedule.over`.
 
         Raises:
+            TypeError: If the schedule's ``over`` returns something else.
             ValueError: If the schedule does not fit into the training.
         """
-        laid = self.schedule.over(total_steps)
+        laid, rates = self.schedule.over(total_steps), self._rates
+        if not isinstance(laid, Schedule):
+            raise TypeError(f"over() of {self.schedule!r} must return a Schedule, got {laid!r}.")
         if laid is not self.schedule:
             laid.load_state(self.schedule.state())
-            self.schedule = laid
+            self.schedule, self._rates = laid, rates
 
     @property
     def terms(self) -> ClimbTerms:
@@ -151,6 +160,11 @@ class Climb:
 
     def weight(self) -> float | Tensor:
         """As :attr:`beta`, without waiting for a device."""
+        if self._rates and self.step != self._rates_step:
+            last = self._rates[-1]
+            rate = torch.stack([beside(last, rate) for rate in self._rates]).mean()
+            self._rates = []
+            self.schedule.observe(self._rates_step, rate)
         return beta_at(self.schedule, self.step)
 
     @property
@@ -176,8 +190,15 @@ class Climb:
             observer(terms, is_regularised)
 
     def trains(self, base: Tensor, penalty: Tensor) -> None:
-        """Notes a call that will have a backward pass; the schedule sees its rate."""
-        show_rate(self.schedule, self.step, self.terms.rate)
+        """Notes a call that will have a backward pass.
+
+        A schedule sees one rate a step, the mean over the calls of the step (gradient
+        accumulation, a loss per view, the closures of LBFGS), once the step is over.
+        """
+        if self.schedule.needs_rate:
+            # Averaged over the ranks at once: a checkpoint of one rank is then right for all.
+            self._rates.append(mean_over_ranks(self.terms.rate.detach().float()))
+            self._rates_step = self.step
         self.watch.trains(base, penalty)
 
     def state(self) -> dict[str, Any]:
@@ -186,7 +207,9 @@ class Climb:
         # The same keys at every step: sharded checkpoints load only keys of the present state.
         own = self.schedule.state()
         if own:
-            state["schedule"] = {type(self.schedule).__name__: own}
+            state["schedule"] = {type(self.schedule).__name__: copied(own)}
+        if self.schedule.needs_rate:
+            state["rates"] = [self._rates_step, *map(float, self._rates)]
         state["noise"] = list(noise.position() or (0, 0))
         return state
 
@@ -199,10 +222,13 @@ class Climb:
                 "damaged, or of something else."
             )
         step = checked_step(state["step"])
-        position = _checked_position(state.get("noise"))
-        own = _checked_schedules(state.get("schedule")).get(type(self.schedule).__name__)
+        position = checked_position(state.get("noise"))
+        rates = checked_rates(state.get("rates"))
+        own = checked_schedules(state.get("schedule")).get(type(self.schedule).__name__)
         if own is not None:
             self.schedule.load_state(own)
+        if self.schedule.needs_rate:
+            self._rates_step, self._rates = rates
         for name, now in config.items():
             if state[name] != now:
                 warnings.warn(
@@ -225,28 +251,3 @@ class Climb:
     def __getstate__(self) -> dict[str, Any]:
         # A host observes the original; terms of a copy would get into the original's log.
         return {**self.__dict__, "observers": [], "watches": True}
-
-
-def _checked_position(saved: Any) -> tuple[int, int] | None:
-    if saved is None:
-        return None
-    if not (
-        isinstance(saved, Sequence)
-        and len(saved) == 2
-        and all(isinstance(number, int) and number >= 0 for number in saved)
-    ):
-        raise ValueError(
-            f"the noise in the state of a ClimbLoss is two ints of 0 or more, got {saved!r}."
-        )
-    return (saved[0], saved[1]) if saved[1] else None
-
-
-def _checked_schedules(saved: Any) -> Mapping[str, Any]:
-    if saved is None:
-        return {}
-    if not isinstance(saved, Mapping):
-        raise ValueError(
-            "the schedule in the state of a ClimbLoss is a dict of its class and state, got "
-            f"{saved!r}."
-        )
-    return saved

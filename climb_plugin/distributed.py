@@ -26,3 +26,8 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     value = value.clone()
     dist.all_reduce(value)
     return value / world_size()
+
+
+def beside(other: Tensor, value: Tensor) -> Tensor:
+    """A scalar on the device of ``other``, filled in there: a copy would wait for the device."""
+    return value if value.device == other.device else other.new_full((), float(value))

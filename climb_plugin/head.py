@@ -37,13 +37,14 @@ class GaussianHead(nn.Module):
 
     ``GaussianHead(dim)`` takes the embedding as the mean, so the wrapped model computes the same as
     before, up to noise of ``init_std``. ``GaussianHead(in_features, out_features)`` learns a linear
-    mean. Both learn the log-variance as a linear function of the embedding.
+    mean. Both learn the log-variance, by default as a linear function
+    of the embedding.
 
     The noise follows ``torch.manual_seed`` and leaves torch's own random numbers untouched. No two
     calls share noise, of one head or several. Building a head restarts the noise, so that a run
     repeated in one process is the same: build all heads of a model before you call one. A seed that
-    is set again and again (in each epoch) repeats the noise, as it repeats dropout's masks: set
-    seed + epoch.
+    is set again and again (in each epoch) repeats the noise, as it repeats dropout's masks, if
+    torch has drawn random numbers in between: set seed + epoch.
 
     Args:
         in_features: Width of the embedding.
@@ -114,7 +115,7 @@ class GaussianHead(nn.Module):
         if self.mean is None:
             return embedding
         self._check(embedding)
-        with _no_autocast(embedding):
+        with no_autocast(embedding):
             return cast("Tensor", self.mean(widened(embedding))).to(embedding.dtype)
 
     def posterior(self, embedding: Tensor) -> Posterior:
@@ -128,7 +129,7 @@ class GaussianHead(nn.Module):
             ValueError: If the shape does not fit.
         """
         self._check(embedding)
-        with _no_autocast(embedding):
+        with no_autocast(embedding):
             wide = widened(embedding)
             mean = wide if self.mean is None else self.mean(wide)
             logvar = self.logvar(wide)
@@ -166,7 +167,7 @@ class GaussianHead(nn.Module):
             return self.embed(embedding)
         self._check_start()
         self._note("sampled")
-        with _no_autocast(embedding):
+        with no_autocast(embedding):
             return draw(self, embedding, posterior).to(embedding.dtype)
 
     def _check_start(self) -> None:
@@ -252,5 +253,6 @@ def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _no_autocast(tensor: Tensor) -> torch.autocast:
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """Switches autocast off within, for the device of a tensor."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)

@@ -13,10 +13,11 @@ from climb_plugin._graph.sample import Sample
 from climb_plugin._graph.walk import samples_behind
 from climb_plugin._torch import is_batched
 from climb_plugin.attach import Attached
+from climb_plugin.checks import checked_scalar
 from climb_plugin.climb import Climb
 from climb_plugin.door import Door, Short
-from climb_plugin.gaussian import Posterior, conditional_entropy
-from climb_plugin.head import GaussianHead, outside_compiled_code
+from climb_plugin.gaussian import Posterior, conditional_entropy, widened
+from climb_plugin.head import GaussianHead, no_autocast, outside_compiled_code
 from climb_plugin.prior import Prior, PriorLike, make_priors, per_sample
 from climb_plugin.schedule import Schedule
 from climb_plugin.settings import Settings
@@ -127,7 +128,7 @@ class ClimbLoss(Door):
                 device.
         """
         with self.climb.watch.nesting:
-            value = _checked_scalar(self.base(*args, **kwargs))
+            value = checked_scalar(self.base(*args, **kwargs))
         total: Tensor = outside_compiled_code(_with_bottleneck)(self, value)
         return total
 
@@ -191,6 +192,7 @@ def bottleneck(
 
     Raises:
         TypeError: If a prior returns no tensor.
+        ValueError: If a prior returns no vector of numbers, or one without a gradient.
 
     Examples:
         >>> from climb_plugin.prior import StandardPrior
@@ -198,13 +200,7 @@ def bottleneck(
         >>> bottleneck([StandardPrior()], [[posterior]]).rate
         tensor(2.)
     """
-    rates = [prior(views) for prior, views in zip(priors, posteriors, strict=True)]
-    for prior, values in zip(priors, rates, strict=True):
-        if not isinstance(values, Tensor):
-            raise TypeError(
-                f"{type(prior).__name__} must return a vector with one rate per sample, got "
-                f"{type(values).__name__}."
-            )
+    rates = [_rates(prior, views) for prior, views in zip(priors, posteriors, strict=True)]
     rate = _sum_of_means(rates)
     with torch.set_grad_enabled(alpha > 0):
         entropy = _sum_of_means(
@@ -214,6 +210,28 @@ def bottleneck(
     if alpha:
         penalty = penalty + alpha * entropy
     return Bottleneck(rate, entropy, penalty, rates)
+
+
+def _rates(prior: Prior, posteriors: Sequence[Posterior]) -> Tensor:
+    values = prior(posteriors)
+    name = type(prior).__name__
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"{name} must return a vector with one rate per sample, got {type(values).__name__}."
+        )
+    if values.ndim != 1 or not values.is_floating_point():
+        raise ValueError(
+            f"{name} must return a vector with one rate per sample, got shape "
+            f"{tuple(values.shape)} of {values.dtype}: climb_plugin.prior.per_sample makes one of "
+            "tensors whose dimension D is summed over."
+        )
+    trains = torch.is_grad_enabled() and any(p.requires_grad for one in posteriors for p in one)
+    if trains and not values.requires_grad:
+        raise ValueError(
+            f"the rates of {name} have no gradient, so they would train nothing: compute them from "
+            "the posteriors without detach() or torch.no_grad()."
+        )
+    return widened(values)
 
 
 def _with_bottleneck(criterion: ClimbLoss, value: Tensor) -> Tensor:
@@ -233,7 +251,8 @@ def _with_bottleneck(criterion: ClimbLoss, value: Tensor) -> Tensor:
     priors, posteriors = zip(*used, strict=True)
     beta = climb.weight()
     climb.watch.begins(climb.prior, needs_rate=climb.schedule.needs_rate)
-    added = bottleneck(priors, posteriors, alpha=climb.alpha, free_nats=climb.free_nats)
+    with no_autocast(scalar):
+        added = bottleneck(priors, posteriors, alpha=climb.alpha, free_nats=climb.free_nats)
     total = scalar + beta * added.penalty
     terms = detached_terms(total, scalar, added.rate, added.entropy, beta)
     climb.show(terms, is_regularised=True)
@@ -276,17 +295,3 @@ def _checked_heads(items: Sequence[GaussianHead | Attached]) -> tuple[GaussianHe
     if len(set(found)) < len(found):
         raise ValueError("heads holds the same head twice.")
     return found
-
-
-def _checked_scalar(value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"the base loss must return a scalar tensor, got {type(value).__name__}: wrap a "
-            "function that picks the scalar."
-        )
-    if value.numel() != 1:
-        raise ValueError(
-            f"the base loss must return a scalar tensor, got shape {tuple(value.shape)}: use its "
-            "reduction='mean', or wrap a function that reduces it."
-        )
-    return value

@@ -20,8 +20,9 @@ class Settings:
 
     Attributes:
         beta: Weight of the bottleneck in units of the base loss per nat: a number, or a
-            :class:`~climb_plugin.schedule.Schedule` over optimiser steps. With 0 nothing is put
-            into the model, and the run is bit-identical to one without the plugin.
+            :class:`~climb_plugin.schedule.Schedule` over optimiser steps. With 0 ``wrap`` puts
+            nothing into the model, and the run is bit-identical to one without the plugin. (A
+            ``ClimbLoss`` with heads samples at beta 0 too: the noise alone.)
         alpha: Weight of the conditional entropy H(z | v) beside the rate. 0: information
             bottleneck. 1: the whole bound on the entropy H(z). 1 without a base loss that needs the
             information drives the std to the lower bound.

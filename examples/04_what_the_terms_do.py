@@ -20,7 +20,7 @@
 # 2. why `alpha=1` alone drives the standard deviation to 0, and what it charges for instead of
 #    information,
 # 3. why a normalised mean needs a learned standard deviation,
-# 4. which nats the `standard`, `learned` and `view` priors charge for,
+# 4. which nats the `standard`, `learned`, `view` and `backward` priors charge for,
 # 5. what the same terms read when a small network is trained on images.
 #
 # Only the last part needs images: scikit-learn's digits, or CIFAR-10 by the variable `DATA`.

@@ -7,11 +7,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from climb_plugin import ClimbLoss, GaussianHead, wrap
+from climb_plugin import ClimbLoss, GaussianHead, TargetRate, wrap
 from climb_plugin.gaussian import Posterior, kl_between
 from climb_plugin.prior import LearnedPrior, Prior, per_sample
 from climb_plugin.schedule import Schedule
@@ -178,6 +179,143 @@ def test_what_is_no_prior_is_refused(prior: Any, error: type[Exception], message
 def test_views_are_for_the_prior_called_view() -> None:
     with pytest.raises(ValueError, match="prior='LearnedPrior' has no use for it"):
         ClimbLoss(torch.sum, heads=GaussianHead(4), beta=0.1, prior=LearnedPrior(4), views=2)
+
+
+class Observer(Schedule):
+    """Remembers what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def __call__(self, step: int) -> float:
+        return 0.1
+
+    def observe(self, step: int, rate: Tensor) -> None:
+        self.seen.append((step, float(rate)))
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": self.seen, "last": np.float64(3.0)}
+
+
+def test_a_step_of_several_calls_is_observed_once() -> None:
+    """A loss per view and gradient accumulation: the mean, once the step is over."""
+    observer, head, rates = Observer(), GaussianHead(4), []
+    loss = ClimbLoss(lambda z: z.square().mean(), heads=head, beta=observer)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for scale in (1.0, 2.0):
+            loss(head(scale * torch.randn(8, 4))).backward()
+            rates.append(loss.terms.rate.item())
+        optimizer.step()
+    assert [step for step, _ in observer.seen] == [0, 1]
+    means = [(one + two) / 2 for one, two in zip(rates[::2], rates[1::2], strict=True)]
+    assert [rate for _, rate in observer.seen] == pytest.approx(means[:2])
+    assert loss.climb_state()["rates"] == pytest.approx([2, *rates[4:]])
+
+
+def test_lbfgs_is_observed_once_a_step() -> None:
+    observer, head = Observer(), GaussianHead(4)
+    loss = ClimbLoss(lambda z: z.square().mean(), heads=head, beta=observer)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=4)
+    rows = torch.randn(8, 4)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(head(rows))
+        value.backward()
+        return value
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert [step for step, _ in observer.seen] == [0, 1]
+
+
+def test_a_state_is_a_copy_that_loads_with_weights_only() -> None:
+    observer = Observer()
+    loss = ClimbLoss(torch.sum, heads=GaussianHead(4), beta=observer)
+    state = loss.climb_state()
+    observer.seen.append((0, 1.0))
+    assert state["schedule"]["Observer"] == {"seen": [], "last": 3.0}
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == state
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda one: one.mean.square(), r"one rate per sample, got shape \(8, 4\)"),
+        (lambda one: one.mean.square().sum(), r"one rate per sample, got shape \(\)"),
+        (lambda one: one.mean.square().sum(dim=-1).detach(), "have no gradient"),
+    ],
+    ids=["per dimension", "scalar", "detached"],
+)
+def test_what_is_no_vector_of_rates_is_refused(output: Any, message: str) -> None:
+    class Wrong(Prior):
+        def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
+            return output(posteriors[0])
+
+    head = GaussianHead(4)
+    loss = ClimbLoss(torch.sum, heads=head, beta=0.1, prior=Wrong())
+    with pytest.raises(ValueError, match=message):
+        loss(head(torch.randn(8, 4)))
+
+
+def test_a_prior_runs_outside_autocast_in_full_precision() -> None:
+    seen = []
+
+    class Half(Prior):
+        def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return posteriors[0].mean.square().sum(dim=-1).half()
+
+    head = GaussianHead(4)
+    loss = ClimbLoss(torch.sum, heads=head, beta=0.1, prior=Half())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(head(torch.randn(8, 4, requires_grad=True)))
+    assert seen == [False]
+    assert loss.terms.rate.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prior": LearnedPrior(3)}, ValueError, "LearnedPrior is 3 wide, .* the head are 4"),
+        ({"prior": lambda width: LearnedPrior(1)}, ValueError, "LearnedPrior is 1 wide"),
+        ({"prior": Prior()}, TypeError, r"Prior must define forward\(self, posteriors\)"),
+        ({"beta": TargetRate}, TypeError, r"the class TargetRate: pass one of it, TargetRate\("),
+        ({"beta": int}, TypeError, "the class int"),
+        ({"beta": Schedule()}, TypeError, r"Schedule must define __call__\(self, step\)"),
+    ],
+)
+def test_what_is_unfinished_or_does_not_fit_leaves_the_model_alone(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+    before = repr(net)
+    with pytest.raises(error, match=message):
+        wrap(torch.sum, student=net, **{"beta": 0.1, **options})
+    assert repr(net) == before
+
+
+@pytest.mark.parametrize("beta", [torch.tensor([0.1, 0.2]), torch.empty(0)])
+def test_a_beta_that_is_no_scalar_is_refused(beta: Tensor) -> None:
+    head = GaussianHead(4)
+    loss = ClimbLoss(torch.sum, heads=head, beta=lambda step: beta)
+    with pytest.raises(ValueError, match=r"a number or a scalar tensor, got shape"):
+        loss(head(torch.randn(8, 4)))
+
+
+def test_a_beta_with_a_gradient_is_a_constant() -> None:
+    beta, head = torch.tensor([0.1], requires_grad=True), GaussianHead(4)
+    loss = ClimbLoss(torch.sum, heads=head, beta=lambda step: beta)
+    value = loss(head(torch.randn(8, 4)))
+    value.backward()
+    assert value.shape == ()
+    assert beta.grad is None
+    assert not loss.terms.beta.requires_grad
 
 
 def test_a_prior_that_returns_no_tensor_is_named() -> None:

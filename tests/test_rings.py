@@ -57,6 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "standard": {},
     "learned": {"prior": "learned"},
     "view": {"prior": "view"},
+    "backward": {"prior": "backward"},
     "alpha": {"alpha": 0.5},
     "free nats": {"free_nats": 3.0},
     "features": {"at": "features"},

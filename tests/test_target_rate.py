@@ -146,24 +146,11 @@ def test_a_rate_of_zero_is_no_error() -> None:
     assert betas(TargetRate(10.0, beta=1e-3), [0.0] * 50)[-1] < 1e-3
 
 
-def test_it_takes_effect_at_the_next_step_with_the_mean_of_the_calls() -> None:
-    one, two = TargetRate(10.0), TargetRate(10.0)
-    for rates in ([30.0, 50.0], [40.0, 40.0]):
-        one.observe(int(rates[0] == 40.0), torch.tensor(rates[0]))
-        one.observe(int(rates[0] == 40.0), torch.tensor(rates[1]))
-    betas(two, [40.0, 40.0])
-    assert torch.equal(one(2), two(2))
-    assert float(one(2)) > 1e-3
-
-
-def test_a_state_in_the_middle_of_a_step() -> None:
-    one, two = TargetRate(10.0), TargetRate(10.0)
-    betas(one, [30.0, 40.0])
-    two.load_state(one.state())
-    for target in (one, two):
-        target.observe(1, torch.tensor(60.0))
-        target.observe(2, torch.tensor(10.0))
-    assert torch.equal(one(2), two(2))
+def test_it_takes_effect_at_the_next_step() -> None:
+    target = TargetRate(10.0)
+    assert float(target(0)) == pytest.approx(1e-3)
+    target.observe(0, torch.tensor(40.0))
+    assert float(target(1)) > 1e-3
 
 
 def test_no_step_waits_for_the_device() -> None:
@@ -173,7 +160,7 @@ def test_no_step_waits_for_the_device() -> None:
         target = TargetRate(10.0)
         for step in range(3):
             target.observe(step, torch.empty((), device="meta"))
-            assert target(step).device.type == ("meta" if step else "cpu")
+            assert target(step).device.type == "meta"
         with pytest.raises(DataDependentOutputException):
             target.state()
 

@@ -43,8 +43,8 @@ class CollapseWatch:
     The base has collapsed if the embedding is one point (``POINT_STD``) although the posterior is
     far from the prior, or if the base loss is pinned at ln K.
 
-    With ``prior="view"`` there is no fixed distribution to collapse to; only the spread of the
-    embedding tells the two apart.
+    With a prior that compares views there is no fixed distribution to collapse to; only the spread
+    of the embedding tells the two apart.
     """
 
     def __init__(self) -> None:

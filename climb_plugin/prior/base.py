@@ -20,6 +20,7 @@ class Prior(nn.Module):
     Attributes:
         compares_views: Whether the rate compares the views of an image with each other, and so does
             not tell the distance of a posterior to a fixed prior.
+        dim: Width of the samples that the prior fits; None: any.
 
     Examples:
         >>> from climb_plugin.gaussian import kl_between
@@ -32,6 +33,7 @@ class Prior(nn.Module):
     """
 
     compares_views = False
+    dim: int | None = None
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
         """The rates in nats of the samples of all views.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from climb_plugin.checks import checked_width
 from climb_plugin.gaussian import (
     Posterior,
     bound_logvar,
@@ -31,10 +32,14 @@ class LearnedPrior(Prior):
 
     Args:
         dim: Width of the samples.
+
+    Raises:
+        ValueError: If ``dim`` is no positive integer.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.dim = checked_width("dim", dim)
         self.mean = nn.Parameter(torch.zeros(dim))
         self.raw_logvar = nn.Parameter(torch.full((dim,), unbound_logvar(0.0)))
 

@@ -28,12 +28,12 @@ def make_priors(
         prior: A key of ``PRIORS``; a Prior, for one head; or a function that makes a Prior for a
             width.
         widths: The widths of the heads' samples.
-        views: As in :class:`ViewPrior`, the only prior that takes views.
+        views: As in :class:`ViewPrior`, for the priors that compare views.
 
     Raises:
         TypeError: If ``prior`` is none of these, or makes no Prior.
-        ValueError: If there is no prior of that name, ``views`` has no effect or is out of range,
-            or one Prior is to serve several heads.
+        ValueError: If there is no prior of that name, a Prior has another width, ``views`` has no
+            effect or is out of range, or one Prior is to serve several heads.
     """
     if isinstance(prior, str) and prior not in PRIORS:
         raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, got {prior!r}.")
@@ -41,7 +41,7 @@ def make_priors(
     if views != 1 and prior not in _PAIRED:
         raise ValueError(
             f"views={views!r} is for prior='view' and 'backward': prior={prior_name(prior)!r} has "
-            "no use for it."
+            "no use for it. A prior of your own is given its views where it is made."
         )
     if isinstance(prior, str):
         return [PRIORS[prior](width, views) for width in widths]
@@ -51,16 +51,29 @@ def make_priors(
                 f"one {type(prior).__name__} cannot serve {len(widths)} heads: pass a function "
                 "that makes one for each width, prior=lambda width: ..."
             )
+        _check(prior, widths[0] if widths else None)
         return [prior] * len(widths)
     if not callable(prior):
         raise TypeError(f"prior must be a name, a Prior or a function of a width, got {prior!r}.")
     made = [prior(width) for width in widths]
-    for one in made:
+    for one, width in zip(made, widths, strict=True):
         if not isinstance(one, Prior):
             raise TypeError(
                 f"prior={prior_name(prior)} must return a Prior, got {type(one).__name__}."
             )
+        _check(one, width)
     return made
+
+
+def _check(prior: Prior, width: int | None) -> None:
+    name = type(prior).__name__
+    if type(prior).forward is Prior.forward:
+        raise TypeError(f"{name} must define forward(self, posteriors).")
+    if width is not None and prior.dim not in (None, width):
+        raise ValueError(
+            f"{name} is {prior.dim} wide, and the samples of the head are {width}: pass a function "
+            "that makes a prior for a width, prior=lambda width: ..."
+        )
 
 
 def prior_name(prior: PriorLike) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from climb_plugin.checks import checked_number, checked_width
 from climb_plugin.gaussian import (
+    LOGVAR_MAX,
+    LOGVAR_MIN,
     Posterior,
     bound_logvar,
     kl_between,
@@ -75,7 +77,7 @@ class BackwardPrior(Prior):
         detach: Whether mean(v_j) is a constant.
 
     Raises:
-        ValueError: If ``var`` is no positive number within the bounds of a learned variance,
+        ValueError: If ``dim`` is no positive integer, ``var`` is out of bounds,
             ``targets`` is less than 2, or ``views`` is not made of positive integers.
 
     Source: the backward encoder of Fischer, The Conditional Entropy Bottleneck, 2020, and Lee et
@@ -95,8 +97,10 @@ class BackwardPrior(Prior):
         detach: bool = True,
     ) -> None:
         super().__init__()
-        if checked_number("var", var) == 0:
-            raise ValueError("var must be above 0, got 0.")
+        self.dim = checked_width("dim", dim)
+        least, most = math.exp(LOGVAR_MIN), math.exp(LOGVAR_MAX)
+        if not least < checked_number("var", var) < most:
+            raise ValueError(f"var must lie between {least:.2g} and {most:.3g}, got {var}.")
         if targets is not None and (checked_width("targets", targets) < 2):
             raise ValueError(
                 "targets must be at least 2, or the first view would have no other one to be "

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from climb_plugin.checks import checked_number, is_number
-from climb_plugin.distributed import mean_over_ranks
 
 
 class Schedule:
@@ -133,31 +132,32 @@ def as_schedule(beta: float | Schedule | Callable[[int], float | Tensor]) -> Sch
         TypeError: If ``beta`` is neither a number nor callable.
         ValueError: If a number is negative or not finite.
     """
+    if isinstance(beta, type):
+        raise TypeError(f"beta is the class {beta.__name__}: pass one of it, {beta.__name__}(...).")
     if isinstance(beta, Schedule):
+        if type(beta).__call__ is Schedule.__call__:
+            raise TypeError(f"{type(beta).__name__} must define __call__(self, step).")
         return beta
     return _Function(beta) if callable(beta) else Constant(beta)
 
 
 def beta_at(schedule: Schedule, step: int) -> float | Tensor:
-    """Beta of a schedule at a step, checked.
+    """Beta of a schedule at a step: a number, or a detached scalar tensor.
 
     Raises:
-        TypeError: If the schedule returns no number.
-        ValueError: If the number is negative or not finite. (A tensor is not checked, which would
-            wait for the device.)
+        TypeError: If the schedule returns neither a number nor a tensor.
+        ValueError: If a number is negative or not finite, or a tensor is no scalar. (The value of
+            a tensor is not looked at, which would wait for the device.)
     """
     beta = schedule(step)
-    return beta if isinstance(beta, Tensor) else checked_beta("the schedule's beta", beta)
-
-
-def show_rate(schedule: Schedule, step: int, rate: Tensor) -> None:
-    """Shows a rate to a schedule that observes rates.
-
-    The rate is averaged over the ranks, so that beta is the same on all, and at once, so that a
-    checkpoint of one rank is right for all.
-    """
-    if schedule.needs_rate:
-        schedule.observe(step, mean_over_ranks(rate.detach().float()))
+    if not isinstance(beta, Tensor):
+        return checked_beta("the schedule's beta", beta)
+    if beta.numel() != 1:
+        raise ValueError(
+            f"the beta of {schedule!r} must be a number or a scalar tensor, got shape "
+            f"{tuple(beta.shape)}."
+        )
+    return beta.detach().reshape(())
 
 
 def checked_beta(name: str, value: float) -> float:

@@ -74,7 +74,14 @@ class Ramp(Schedule):
         if self.total_steps is not None:
             if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, Integral):
                 raise TypeError(f"total_steps must be an int, got {self.total_steps!r}.")
+            if self.total_steps < 1:
+                raise ValueError(f"total_steps must be 1 or more, got {self.total_steps}.")
             object.__setattr__(self, "total_steps", int(self.total_steps))
+        fractions = [d for d in (self.warmup, self.delay) if isinstance(d, float)]
+        if sum(fractions) > 1:
+            raise ValueError(
+                f"warmup={self.warmup} and delay={self.delay} are more than the whole training."
+            )
         if self.shape == "exponential" and (self.start == 0 or self.beta == 0):
             raise ValueError(
                 f"an exponential ramp needs start and beta above 0, got start={self.start} and "

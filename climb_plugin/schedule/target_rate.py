@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from climb_plugin.checks import checked_number
+from climb_plugin.distributed import beside
 from climb_plugin.schedule.base import Schedule
 
 # Weight of the change of the error, and the rate in nats below which all rates count as equal.
@@ -89,9 +90,6 @@ class TargetRate(Schedule):
     def _begin(self) -> None:
         self._log_beta = _float32(math.log(self.start))
         self._before: Tensor | None = None
-        # The rates of all calls in one step (a loss per view, gradient accumulation).
-        self._step = 0
-        self._rates: list[Tensor] = []
 
     def belong_to(self, owner: object, *, free_nats: float) -> None:
         """Begins anew: the beta adapted to another loss is of no use to this one.
@@ -120,22 +118,23 @@ class TargetRate(Schedule):
 
     def __call__(self, step: int) -> Tensor:
         """Beta at this step, a scalar on the device of the rates seen before."""
-        self._end_before(step)
         return self._log_beta.exp().clamp(*self.bounds)
 
     def observe(self, step: int, rate: Tensor) -> None:
-        """Takes a rate into account; the rates of one step are averaged, and act from the next."""
-        self._end_before(step)
-        self._step = step
-        self._rates.append(rate.detach().float())
+        """Moves beta by the rate of a step, for the steps to come."""
+        rate = rate.detach().float()
+        before = rate if self._before is None else beside(rate, self._before)
+        self._before = rate
+        error = self._error(rate)
+        change = self.speed * error.clamp(-1, 1) + _DAMPING * (error - self._error(before))
+        moved = beside(rate, self._log_beta) + change
+        self._log_beta = moved.clamp(*(math.log(bound) for bound in self.bounds))
 
     def state(self) -> dict[str, Any]:
         """The controller's state, as numbers."""
         return {
             "log_beta": float(self._log_beta),
             "before": None if self._before is None else float(self._before),
-            "step": self._step,
-            "rates": [float(rate) for rate in self._rates],
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -145,34 +144,17 @@ class TargetRate(Schedule):
             ValueError: If ``state`` is something else, or a number in it is not finite.
         """
         try:
-            step, rates, before = state["step"], list(state["rates"]), state["before"]
-            numbers = torch.tensor([step, *rates, state["log_beta"], before or 0.0])
-            whole = isinstance(step, int) and bool(torch.isfinite(numbers).all())
-        except (KeyError, TypeError, ValueError, RuntimeError):
+            before, log_beta = state["before"], state["log_beta"]
+            whole = all(math.isfinite(value) for value in (log_beta, before or 0.0))
+        except (KeyError, TypeError):
             whole = False
         if not whole:
             raise ValueError(
-                "the state of a TargetRate has log_beta, before, step and rates, all finite, got "
+                "the state of a TargetRate has log_beta and before, both finite, got "
                 f"{state!r}: it is damaged, or of something else."
             )
-        self._log_beta = _float32(state["log_beta"])
+        self._log_beta = _float32(log_beta)
         self._before = None if before is None else _float32(before)
-        self._step = step
-        self._rates = [_float32(rate) for rate in rates]
-
-    def _end_before(self, step: int) -> None:
-        if self._rates and step != self._step:
-            last = self._rates[-1]
-            self._move(torch.stack([_beside(last, seen) for seen in self._rates]).mean())
-            self._rates = []
-
-    def _move(self, rate: Tensor) -> None:
-        before = rate if self._before is None else _beside(rate, self._before)
-        self._before = rate
-        error = self._error(rate)
-        step = self.speed * error.clamp(-1, 1) + _DAMPING * (error - self._error(before))
-        moved = _beside(rate, self._log_beta) + step
-        self._log_beta = moved.clamp(*(math.log(bound) for bound in self.bounds))
 
     def _error(self, rate: Tensor) -> Tensor:
         # In logarithms, as the rate falls about as a power of beta.
@@ -187,8 +169,3 @@ class TargetRate(Schedule):
 def _float32(value: float) -> Tensor:
     # Not torch's default dtype: bfloat16 in a bf16-true run, float64 in many a script.
     return torch.tensor(value, dtype=torch.float32, device="cpu")
-
-
-def _beside(other: Tensor, value: Tensor) -> Tensor:
-    """A scalar on the device of ``other``, filled in there: a copy would wait for the device."""
-    return value if value.device == other.device else other.new_full((), float(value))

@@ -304,16 +304,16 @@ averaged over steps and ranks, and shows `climb_rate_step` in the progress bar.
 
 A warm-up that is a fraction, as in `Linear(1e-3, warmup=0.1)`, then needs no `total_steps`: the
 callback lays the fraction over the fit, whatever a learning-rate or batch-size finder did before.
-Such a search is undone for losses in lists and dicts too. (Give `total_steps` if a
-`GradientAccumulationScheduler` changes the length, or if you step by hand less than once a
-batch.)
+The callback puts the losses back after such a search, those in lists and dicts too. (Give
+`total_steps` if a `GradientAccumulationScheduler` changes the length, or if you step by hand less
+than once a batch.)
 
-A run that was killed goes on to the same numbers from the last whole checkpoint, under two
-conditions. Seed everything that Lightning does not save by epoch, as with
-`torch.manual_seed(self.current_epoch)` in `on_train_epoch_start` (order, augmentations and
-CLIMB's noise follow that seed), and give the DataLoader a `generator` of its own. Lightning 2.1
-writes checkpoints in place, so a kill may cut `last.ckpt` short, and torch refuses the file
-(`OSError: Invalid argument` or `PytorchStreamReader failed`): keep older ones (`save_top_k=-1`).
+A run that was killed goes on to the same numbers from the last whole checkpoint, under three
+conditions. `on_train_epoch_start` calls `torch.manual_seed(self.current_epoch)`: augmentations,
+dropout and CLIMB's noise follow that seed. The order comes from a sampler with `set_epoch(epoch)`
+that seeds its own permutation: `shuffle=True` does not repeat the order. The DataLoader has a
+`generator` of its own, so that the loader takes no seeded random numbers. Lightning 2.1 writes
+checkpoints in place, so a kill may cut `last.ckpt` short, and torch refuses the file (`OSError: Invalid argument` or `PytorchStreamReader failed`): keep older ones (`save_top_k=-1`).
 """
 
 
@@ -654,8 +654,8 @@ def markdown(losses: list[Row], heads: list[Row]) -> str:
         "`predictor(head(x))`, `scores(x)` are those of prototypes for the normalised `head(x)`, "
         "`rows(module, tokens)` calls `module` on (BT, F). The Gaussian acts on what stands in the "
         "third column, each time that the criterion's arguments are computed (at the projection). "
-        'The fifth says whether `prior="view"` has what it needs: all views, of one size, in '
-        "one call of the criterion.",
+        'The fifth says whether `prior="view"` and `prior="backward"` have what they need: all '
+        "views, of one size, in one call of the criterion.",
         "",
         *_table(LOSS_COLUMNS, losses),
         "",
