@@ -313,7 +313,8 @@ conditions. `on_train_epoch_start` calls `torch.manual_seed(self.current_epoch)`
 dropout and CLIMB's noise follow that seed. The order comes from a sampler with `set_epoch(epoch)`
 that seeds its own permutation: `shuffle=True` does not repeat the order. The DataLoader has a
 `generator` of its own, so that the loader takes no seeded random numbers. Lightning 2.1 writes
-checkpoints in place, so a kill may cut `last.ckpt` short, and torch refuses the file (`OSError: Invalid argument` or `PytorchStreamReader failed`): keep older ones (`save_top_k=-1`).
+checkpoints in place, so a kill may cut `last.ckpt` short, and torch refuses the file (`OSError:
+Invalid argument` or `PytorchStreamReader failed`): keep older ones (`save_top_k=-1`).
 """
 
 
