@@ -10,6 +10,6 @@ from importlib.util import find_spec
 from climb_plugin.wrap import unwrap, wrap
 
 if find_spec("lightly") is None:
-    raise ImportError("lightly is not installed: pip install lightly")
+    raise ImportError("lightly is not installed: pip install 'climb-plugin[lightly]'")
 
 __all__ = ["unwrap", "wrap"]
