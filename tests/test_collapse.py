@@ -266,3 +266,18 @@ def test_the_loss_still_copies_after_a_check() -> None:
         model.loss(*model(0.1)).backward()
     copy.deepcopy(model)
     pickle.dumps(model)
+
+
+@pytest.mark.parametrize(
+    ("prior", "is_fixed"),
+    [("standard", True), ("learned", True), ("view", False), ("backward", False)],
+)
+def test_rates_to_other_views_are_no_distance_to_a_prior(
+    prior: str, is_fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(CollapseWatch, "observe", lambda self, **what: seen.append(what["rates"]))
+    head = GaussianHead(4)
+    loss = ClimbLoss(lambda *z: torch.stack(z).mean(), heads=head, beta=0.1, prior=prior)
+    loss(head(torch.randn(5, 4)), head(torch.randn(5, 4)))
+    assert [rates is not None for rates in seen] == [is_fixed]

@@ -44,6 +44,7 @@ def test_fraction_of_the_total_equals_steps(ramp: type[Ramp]) -> None:
     unlaid = ramp(1.0, warmup=0.2, delay=0.1, start=1e-3)
     assert [unlaid.over(1000)(s) for s in range(400)] == [by_steps(s) for s in range(400)]
     assert unlaid.over(0)(0) == 1.0  # the end of every training
+    assert ramp(1.0, warmup=0.2, delay=100, start=1e-3).over(0)(0) == 1.0
     assert repr(unlaid.over(1000)) == repr(unlaid)
     assert (unlaid.needs_length, by_steps.needs_length) == (True, False)
 
