@@ -121,7 +121,24 @@ class ClimbCallback(_Callback):
         Raises:
             ValueError: If the number is not known; the message names the schedule that needs one.
         """
-        return _length(trainer, schedule)
+        unknown = f"{schedule!r} has a fraction of the training, whose length is not known"
+        total = trainer.estimated_stepping_batches
+        # Lightning returns -1 for data without a length and no max_steps.
+        if not math.isfinite(total) or total < 0:
+            raise ValueError(
+                f"{unknown}: set max_epochs (with data that has a length) or max_steps, or give "
+                "the ramp total_steps."
+            )
+        for callback in trainer.callbacks:
+            scheduling = getattr(callback, "scheduling", None)
+            if not isinstance(scheduling, Mapping):
+                continue
+            if set(scheduling.values()) != {trainer.accumulate_grad_batches}:
+                raise ValueError(
+                    f"{unknown}, because {type(callback).__name__} accumulates gradients over "
+                    f"{dict(scheduling)}: give the ramp total_steps, the number of optimiser steps."
+                )
+        return int(total)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of losses that are no submodules, which the module's own state lacks."""
@@ -260,27 +277,6 @@ class _Record:
     def means(self) -> dict[str, Tensor]:
         """The means over the calls by name; empty without calls."""
         return {name: total / calls for name, (total, calls) in self._sums.items()}
-
-
-def _length(trainer: Any, schedule: Schedule) -> int:
-    unknown = f"{schedule!r} has a fraction of the training, whose length is not known"
-    total = trainer.estimated_stepping_batches
-    # Lightning returns -1 for data without a length and no max_steps.
-    if not math.isfinite(total) or total < 0:
-        raise ValueError(
-            f"{unknown}: set max_epochs (with data that has a length) or max_steps, or give the "
-            "ramp total_steps."
-        )
-    for callback in trainer.callbacks:
-        scheduling = getattr(callback, "scheduling", None)
-        if not isinstance(scheduling, Mapping):
-            continue
-        if set(scheduling.values()) != {trainer.accumulate_grad_batches}:
-            raise ValueError(
-                f"{unknown}, because {type(callback).__name__} accumulates gradients over "
-                f"{dict(scheduling)}: give the ramp total_steps, the number of optimiser steps."
-            )
-    return int(total)
 
 
 def _in_force(path: str, loss: ClimbLoss, length: int | None) -> str:

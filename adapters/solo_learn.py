@@ -19,9 +19,10 @@ from climb_plugin.adapters.find import find_losses
 from climb_plugin.adapters.solo_config import DEFAULTS, make_schedule, read_keys, settings
 from climb_plugin.adapters.solo_config import register as register
 from climb_plugin.adapters.solo_resume import ResumingCallback
-from climb_plugin.attach import NAME, attach
+from climb_plugin.attach import NAME
 from climb_plugin.loss import ClimbLoss
 from climb_plugin.schedule import Schedule
+from climb_plugin.wrap import wrapped
 
 
 class SoloCallback(ResumingCallback):
@@ -189,24 +190,9 @@ def _make_loss(module: Any, keys: Mapping[str, Any]) -> ClimbLoss:
     teacher = twins[0] if twins else getattr(module, f"momentum_{names[0]}", None)
     options = settings(keys, make_schedule(keys))
     try:
-        placed = attach(
-            student,
-            teacher=teacher,
-            at=options.at,
-            init_std=options.init_std,
-            logvar=options.logvar,
-        )
+        loss = wrapped(_as_it_is, options, student=student, teacher=teacher, check_base=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"climb_beta cannot act on {method}.{names[0]}: {error}") from error
-    loss = ClimbLoss(
-        _as_it_is,
-        heads=placed,
-        beta=options.beta,
-        alpha=options.alpha,
-        prior=options.prior,
-        free_nats=options.free_nats,
-        check_base=False,
-    )
     _hold_priors(loss, student, teacher)
     return loss
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from climb_plugin._graph import noise
 from climb_plugin._run.watch import Watch
-from climb_plugin.checks import checked_number, checked_step
+from climb_plugin.checks import checked_number, checked_step, warn
 from climb_plugin.distributed import beside, mean_over_ranks
 from climb_plugin.head import GaussianHead
 from climb_plugin.prior import prior_name
@@ -229,15 +228,20 @@ class Climb:
             self.schedule.load_state(own)
         if self.schedule.needs_rate:
             self._rates_step, self._rates = rates
-        for name, now in config.items():
-            if state[name] != now:
-                warnings.warn(
-                    f"CLIMB's {name} was {state[name]} when this state was saved and is {now} "
-                    "now: the run goes on with the latter.",
-                    stacklevel=3,
-                )
         noise.restore(position)
         self.watch.steps.restore(step)
+        # Last, so that warnings which are errors leave nothing half loaded.
+        for name, now in config.items():
+            if state[name] != now:
+                warn(
+                    f"CLIMB's {name} was {state[name]} when this state was saved and is {now} "
+                    "now: the run goes on with the latter."
+                )
+        if own is None and self.schedule.state():
+            warn(
+                f"what was loaded has no state of {self.schedule!r}: another schedule or an older "
+                "version has saved it, and beta begins anew."
+            )
 
     def config(self) -> dict[str, str]:
         """The settings, as a checkpoint compares them."""

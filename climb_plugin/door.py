@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from climb_plugin._graph.walk import samples_behind
+from climb_plugin.checks import warn
 from climb_plugin.head import GaussianHead
 
 _METADATA = "climb"
@@ -216,10 +216,9 @@ def _load_from_base(
     if saved is not None:
         climb.load_state(saved)
     elif not climb.schedule.is_constant:
-        warnings.warn(
+        warn(
             "this state dict holds no CLIMB step (a plain loss, or its metadata was dropped): "
-            f"beta goes on from step {climb.step}; set_step(n) says otherwise.",
-            stacklevel=2,
+            f"beta goes on from step {climb.step}; set_step(n) says otherwise."
         )
 
 

@@ -75,11 +75,6 @@ class Settings:
         """Beta over the optimiser steps."""
         return as_schedule(self.beta)
 
-    @property
-    def is_off(self) -> bool:
-        """Whether beta is 0 for good."""
-        return is_off(self.schedule)
-
 
 def is_off(schedule: Schedule) -> bool:
     """Whether beta is 0 at every step."""

@@ -10,7 +10,7 @@ from climb_plugin.attach import checked_place, hang
 from climb_plugin.loss import ClimbLoss
 from climb_plugin.prior import PriorLike
 from climb_plugin.schedule import Schedule
-from climb_plugin.settings import Settings
+from climb_plugin.settings import Settings, is_off
 
 
 def wrap(
@@ -71,11 +71,6 @@ def wrap(
         >>> bool(criterion.terms.rate > 0)
         True
     """
-    if isinstance(loss, ClimbLoss):
-        raise ValueError(
-            "this loss is a ClimbLoss already: wrap the plain loss, once. To wrap it with other "
-            "settings: wrap(unwrap(criterion), ...)."
-        )
     settings = Settings(
         beta=beta,
         alpha=alpha,
@@ -86,19 +81,49 @@ def wrap(
         init_std=init_std,
         logvar=logvar,
     )
-    place = checked_place(student, teacher=teacher, at=at)
+    return wrapped(loss, settings, student=student, teacher=teacher)
+
+
+def wrapped(
+    loss: Callable[..., Tensor],
+    settings: Settings,
+    *,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    check_base: bool = True,
+) -> ClimbLoss:
+    """As :func:`wrap`, with settings that are made already; for adapters.
+
+    Args:
+        loss: As in :func:`wrap`, like student and teacher.
+        settings: All options.
+        student: The projection head that is trained.
+        teacher: The projection head of the momentum encoder, if there is one.
+        check_base: Whether a NaN or infinite base loss raises.
+
+    Raises:
+        TypeError: As :func:`wrap`.
+        ValueError: As :func:`wrap`; then the model is as before.
+    """
+    if isinstance(loss, ClimbLoss):
+        raise ValueError(
+            "this loss is a ClimbLoss already: wrap the plain loss, once. To wrap it with other "
+            "settings: wrap(unwrap(criterion), ...)."
+        )
+    place = checked_place(student, teacher=teacher, at=settings.at)
     attached = None
-    if not settings.is_off:
-        attached = hang(place, student, teacher, init_std=init_std, logvar=logvar)
+    if not is_off(settings.schedule):
+        attached = hang(place, student, teacher, init_std=settings.init_std, logvar=settings.logvar)
     try:
         return ClimbLoss(
             loss,
             heads=() if attached is None else attached,
             beta=settings.beta,
-            alpha=alpha,
-            prior=prior,
-            views=views,
-            free_nats=free_nats,
+            alpha=settings.alpha,
+            prior=settings.prior,
+            views=settings.views,
+            free_nats=settings.free_nats,
+            check_base=check_base,
         )
     except Exception:
         if attached is not None:

@@ -117,6 +117,7 @@ axes.set(xlabel="asked about (% of the test images)", ylabel="accuracy (%)")
 axes.legend(title="surest first, by")
 plt.show()
 
+print("k-NN accuracy in %, and what each score gains over it in points: mean ± std over seeds")
 print(f"{'':8}{'k-NN (%)':>14}" + "".join(f"{name:>16}" for name in NAMES))
 for kind in ("CLIMB", "plain"):
     cells = [
@@ -156,6 +157,7 @@ elsewhere = {
     "noise": torch.rand(count, channels, size, size, generator=generator),
     "inverted": 1 - data.test.images[:count],
 }
+print("area under the ROC curve in %: mean ± std over seeds")
 print(f"{'':20}" + "".join(f"{name:>16}" for name in NAMES))
 for kind in ("CLIMB", "plain"):
     for source, images in elsewhere.items():

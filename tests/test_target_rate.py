@@ -2,6 +2,7 @@ import copy
 import gc
 import io
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -151,6 +152,21 @@ def test_it_takes_effect_at_the_next_step() -> None:
     assert float(target(0)) == pytest.approx(1e-3)
     target.observe(0, torch.tensor(40.0))
     assert float(target(1)) > 1e-3
+
+
+def test_a_checkpoint_without_its_state_is_told() -> None:
+    """As an older version saved it; the rest is loaded, though the warning is an error."""
+    saved = ClimbLoss(info_nce, heads=GaussianHead(4), beta=TargetRate(5.0)).climb_state()
+    del saved["schedule"], saved["rates"]
+    loss = ClimbLoss(info_nce, heads=GaussianHead(4), beta=TargetRate(5.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"no state of TargetRate\(5\.0.* beta begins anew"):
+            loss.load_climb_state({**saved, "step": 7})
+    assert loss.step == 7
+    with pytest.warns(UserWarning, match="begins anew") as said:
+        loss.load_climb_state(saved)
+    assert [warning.filename for warning in said] == [__file__]
 
 
 def test_no_step_waits_for_the_device() -> None:
