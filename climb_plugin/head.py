@@ -37,8 +37,7 @@ class GaussianHead(nn.Module):
 
     ``GaussianHead(dim)`` takes the embedding as the mean, so the wrapped model computes the same as
     before, up to noise of ``init_std``. ``GaussianHead(in_features, out_features)`` learns a linear
-    mean. Both learn the log-variance, by default as a linear function
-    of the embedding.
+    mean. Both learn the log-variance, by default as a linear function of the embedding.
 
     The noise follows ``torch.manual_seed`` and leaves torch's own random numbers untouched. No two
     calls share noise, of one head or several. Building a head restarts the noise, so that a run
@@ -90,7 +89,6 @@ class GaussianHead(nn.Module):
         )
         self.init_std = checked_std(init_std)
         self.mean = None if out_features is None else Mean(self.in_features, self.out_features)
-        self._form = logvar
         form = LOGVARS[checked_form(logvar)]
         self.logvar: Logvar | SharedLogvar = form(
             self.in_features, self.out_features, init_std=self.init_std
@@ -209,7 +207,7 @@ class GaussianHead(nn.Module):
     def extra_repr(self) -> str:
         """The widths, ``init_std``, and the form of the log-variance if that is shared."""
         shown = f"{self.in_features}, {self.out_features}, init_std={self.init_std}"
-        return shown if self._form == "linear" else f"{shown}, logvar={self._form!r}"
+        return f"{shown}, logvar='shared'" if isinstance(self.logvar, SharedLogvar) else shown
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise RuntimeError(
@@ -221,14 +219,17 @@ class GaussianHead(nn.Module):
 
 def _check_form(head: GaussianHead, state: Mapping[str, object], prefix: str, *lists: Any) -> None:
     """Says more of a state with the other form of log-variance than that keys are missing."""
-    if f"{prefix}logvar.bias" not in state:
+    parts = {key for key in state if key.startswith(f"{prefix}logvar.")}
+    if f"{prefix}logvar.bias" not in parts:
         return
-    form = "linear" if f"{prefix}logvar.weight" in state else "shared"
-    if form != head._form:
+    # Not by the name of the weight, which pruning and parametrizations change.
+    saved = "linear" if len(parts) > 1 else "shared"
+    built = "shared" if isinstance(head.logvar, SharedLogvar) else "linear"
+    if saved != built:
         errors: list[str] = lists[-1]
         errors.append(
-            f"the state of the GaussianHead {prefix.rstrip('.')!r} was saved with logvar={form!r}, "
-            f"and the model has logvar={head._form!r}: build the model with logvar={form!r}."
+            f"the state of the GaussianHead {prefix.rstrip('.')!r} was saved with "
+            f"logvar={saved!r}, and the model has logvar={built!r}: build the model with logvar={saved!r}."
         )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 
 from climb_plugin import ClimbLoss, GaussianHead, TargetRate, unwrap, wrap
 from climb_plugin.attach import attach
@@ -93,6 +95,21 @@ def test_states_of_the_other_form_are_refused(saved: str, built: str) -> None:
     for strict in (True, False):
         with pytest.raises(RuntimeError, match=message):
             other.load_state_dict(one.state_dict(), strict=strict)
+
+
+@pytest.mark.parametrize("change", ["pruned", "parametrized"])
+def test_a_weight_of_another_name_is_a_weight(change: str) -> None:
+    def changed() -> nn.Sequential:
+        net = student()
+        logvar = attach(net).head.logvar
+        if change == "pruned":
+            prune.l1_unstructured(logvar, "weight", amount=0.5)
+        else:
+            spectral_norm(logvar)
+        return net
+
+    one, other = changed(), changed()
+    other.load_state_dict(one.state_dict())
 
 
 def test_an_unknown_form() -> None:
