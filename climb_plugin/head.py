@@ -229,7 +229,8 @@ def _check_form(head: GaussianHead, state: Mapping[str, object], prefix: str, *l
         errors: list[str] = lists[-1]
         errors.append(
             f"the state of the GaussianHead {prefix.rstrip('.')!r} was saved with "
-            f"logvar={saved!r}, and the model has logvar={built!r}: build the model with logvar={saved!r}."
+            f"logvar={saved!r}, and the model has logvar={built!r}: build the model with "
+            f"logvar={saved!r}."
         )
 
 
