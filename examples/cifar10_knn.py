@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from knn_study import data, options, records, report
+from knn_study import data, documents, options, plots, records, report
 from knn_study.settings import PRESETS, Settings
 from knn_study.training import Measured, OutOfTimeError, train
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.report:
-            report.rewrite(args.report)
+            documents.rewrite(args.report)
             return 0
         runs = [] if args.summary else wanted(args)
         complete = run_all(runs, args)
@@ -57,15 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if args.summary:
-        shown = report.matching(known, [options.given(args)])
+        shown = documents.matching(known, [options.given(args)])
     else:
         names = {run.name for run in runs}
         shown = [record for record in known if record["name"] in names]
-    print(report.table(shown, twins=known))
-    if any("teacher" in record["test"] for record in shown):
-        print("\n" + report.table(shown, who="teacher", twins=known))
+    for who in ("student", "teacher", "embedding"):
+        if who == "student" or any(who in record["test"] for record in shown):
+            print(report.table(shown, who=who, twins=known) + "\n")
     if args.plot:
-        report.draw(shown, args.plot, twins=known)
+        plots.draw(shown, args.plot, twins=known)
         print(f"Plot: {args.plot}")
     return 0 if complete else 1
 

@@ -16,10 +16,9 @@ import torchvision
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from knn_study.settings import Settings
-
-SIZE, LOCAL_SIZE = 32, 16
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,10 @@ class Labelled:
     def part(self, start: int, stop: int) -> Labelled:
         """A slice of them."""
         return Labelled(self.images[start:stop], self.labels[start:stop])
+
+    def resized(self, pixels: int) -> Labelled:
+        """The same with images of another size."""
+        return Labelled(resized(self.images, pixels), self.labels)
 
     def to(self, device: str) -> Labelled:
         """The same on a device."""
@@ -92,6 +95,17 @@ def _from_jpegs(path: Path, part: str) -> Labelled:
     return Labelled(torch.from_numpy(np.stack(images)).movedim(-1, 1).contiguous(), labels)
 
 
+def resized(images: Tensor, pixels: int) -> Tensor:
+    """Images as uint8 (N, 3, P, P), averaged over the pixels that fall together."""
+    if images.shape[-1] == pixels:
+        return images
+    smaller = [
+        F.interpolate(some.float(), (pixels, pixels), mode="bilinear", antialias=True)
+        for some in images.split(1000)
+    ]
+    return torch.cat(smaller).round().clamp(0, 255).to(torch.uint8)
+
+
 def normalised(images: Tensor) -> Tensor:
     """Pixels from 0 to 255 as the network takes them."""
     mean, std = (
@@ -106,22 +120,28 @@ class RandomViews:
 
     The augmentation is that of SimCLR for CIFAR-10: crop, flip, colour jitter of strength 0.5,
     grey; no blur. Every image of the batch gets parameters of its own.
+
+    Attributes:
+        wrong: Of the last call: whether the other views show another image, (B,).
     """
+
+    wrong: Tensor
 
     def __init__(self, settings: Settings, *, local: int) -> None:
         self.mismatched = settings.mismatched
         self.local = local
-        self.large = _augmentation(SIZE, (settings.crop, 1.0))
-        self.small = _augmentation(LOCAL_SIZE, (0.05, max(settings.crop, 0.1)))
+        self.large = _augmentation(settings.pixels, (settings.crop, 1.0))
+        self.small = _augmentation(settings.pixels // 2, (0.05, max(settings.crop, 0.1)))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Views of images (B, 3, 32, 32), uint8: each (B, 3, 32, 32) or (B, 3, 16, 16)."""
+        """Views of images (B, 3, 32, 32), uint8: (B, 3, P, P), the small ones (B, 3, P/2, P/2)."""
         pixels = images.float() / 255
         others = pixels
+        self.wrong = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
         if self.mismatched:
-            swap = torch.rand(len(pixels), device=pixels.device) < self.mismatched
-            others = torch.where(swap.view(-1, 1, 1, 1), pixels.roll(1, 0), pixels)
+            self.wrong = torch.rand(len(pixels), device=pixels.device) < self.mismatched
+            others = torch.where(self.wrong.view(-1, 1, 1, 1), pixels.roll(1, 0), pixels)
         views = [self.large(pixels), self.large(others)]
         views += [self.small(others) for _ in range(self.local)]
         return [normalised(255 * view) for view in views]

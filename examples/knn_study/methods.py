@@ -45,6 +45,8 @@ def make_backbone(name: str) -> tuple[nn.Module, int]:
     """A network from images to features (B, N), and N; ImageNet's stems take smaller steps here."""
     if name == "small":
         return _small()
+    if name == "residual":
+        return _residual()
     if name == "efficientnet_b0":
         network = torchvision.models.efficientnet_b0()
         network.features[0][0].stride = (1, 1)
@@ -65,6 +67,36 @@ def _small() -> tuple[nn.Module, int]:
         layers.append(nn.Conv2d(before, after, 3, 2, 1, bias=False))
         layers += [nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 128
+
+
+class _Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(before, after, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            nn.Conv2d(after, after, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(after),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if before != after:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, before, H, W) -> (B, after, H / stride, W / stride)."""
+        return F.relu(self.layers(images) + self.shortcut(images))
+
+
+def _residual() -> tuple[nn.Module, int]:
+    """Three residual blocks behind a stem of stride 2: for images of 16 pixels on one core."""
+    stem = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+    blocks = [_Block(32, 32, 1), _Block(32, 64, 2), _Block(64, 128, 2)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 128
 
 
 # ---- Losses that see a whole step ----------------------------------------------------------------
@@ -121,7 +153,11 @@ METHODS = {
         lambda n, s: DINOProjectionHead(
             n, s.hidden, s.embedding, s.prototypes, batch_norm=True, freeze_last_layer=1
         ),
-        lambda s: DINOLoss(s.prototypes),
+        lambda s: DINOLoss(
+            s.prototypes,
+            warmup_teacher_temp=s.teacher_temperature,
+            teacher_temp=s.teacher_temperature,
+        ),
         teacher=True,
     ),
     "simclr": Method(
@@ -166,6 +202,10 @@ class Learner(nn.Module):
         self.settings = settings
         method = METHODS[settings.method]
         self.backbone, features = make_backbone(settings.backbone)
+        self.norm, self.teacher_norm = (
+            nn.BatchNorm1d(features, affine=False) if settings.standardised else nn.Identity()
+            for _ in range(2)
+        )
         self.head = method.head(features, settings)
         self.predictor = method.predictor(settings) if method.predictor else None
         self.teacher_backbone = self.teacher_head = None
@@ -181,14 +221,15 @@ class Learner(nn.Module):
         method = self.settings.method
         if method == "swav":
             self.predictor.normalize()  # type: ignore[union-attr, operator]
-        projected = [self.head(self.backbone(view)) for view in views]
+        projected = [self.head(self.norm(self.backbone(view))) for view in views]
         if self.predictor is not None:
             # Prototypes' scores are cosines; lightly's head leaves the normalisation to us.
             inputs = [F.normalize(v) for v in projected] if method == "swav" else projected
             predicted = [self.predictor(view) for view in inputs]
         if self.teacher_backbone is not None and self.teacher_head is not None:
             with torch.no_grad():
-                target = [self.teacher_head(self.teacher_backbone(v)) for v in views[:2]]
+                features = [self.teacher_norm(self.teacher_backbone(v)) for v in views[:2]]
+                target = [self.teacher_head(one) for one in features]
         if method == "dino":
             return target, projected
         if method == "byol":
@@ -200,6 +241,11 @@ class Learner(nn.Module):
         if method == "swav":
             return (predicted,)
         return projected[0], projected[1]
+
+    def embedding(self, features: Tensor) -> Tensor:
+        """The embedding (N, D) of features (N, F): the end of the projection's layers."""
+        embedded: Tensor = self.head.layers(self.norm(features))
+        return embedded
 
     def update_teacher(self, momentum: float) -> None:
         """Moves the teacher, if there is one, towards the student; at momentum 1 it stays."""

@@ -19,6 +19,7 @@ def regularised(loss: nn.Module, learner: Learner, settings: Settings, *, steps:
     """The criterion of a run; what it trains is put into ``learner``.
 
     =============  =================================================================================
+    untrained      the loss itself, of networks that see images and are not trained
     plain, decay   the loss itself (``decay`` is in the optimiser)
     climb          CLIMB by ``wrap``
     noise          the Gaussian head of CLIMB, and no term
@@ -44,9 +45,10 @@ def regularised(loss: nn.Module, learner: Learner, settings: Settings, *, steps:
             alpha=settings.alpha,
             free_nats=settings.free_nats,
             init_std=settings.init_std,
+            logvar=settings.logvar,
         )
     elif settings.regulariser == "noise":
-        head = attach(**where, init_std=settings.init_std)
+        head = attach(**where, init_std=settings.init_std, logvar=settings.logvar)
         criterion = ClimbLoss(loss, heads=head, beta=0.0)
     elif settings.regulariser in PENALTIES:
         place = checked_place(learner.head, teacher=None, at=settings.at)

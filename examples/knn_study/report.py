@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from statistics import mean, median, stdev
 from typing import Any
 
-from knn_study import options
-from knn_study.records import Record, read, settings_of
+from knn_study.records import Record, settings_of
 from knn_study.settings import REGULARISATION, Settings
 
 _DEFAULTS = Settings()
@@ -24,13 +20,15 @@ class Row:
 
     settings: Settings
     validation: dict[int, float] = field(default_factory=dict)
+    best: dict[int, float] = field(default_factory=dict)  # validation, of all epochs measured
     test: dict[int, float] = field(default_factory=dict)
     rate: dict[int, float] = field(default_factory=dict)
+    base_loss: dict[int, float] = field(default_factory=dict)
 
-    @property
-    def twin(self) -> Settings:
-        """The same without a regulariser."""
-        return replace(self.settings, **_PLAIN)
+
+def twin_of(settings: Settings) -> Settings:
+    """The same without a regulariser."""
+    return replace(settings, **_PLAIN)
 
 
 def rows(records: Sequence[Record], *, who: str = "student") -> list[Row]:
@@ -48,7 +46,10 @@ def rows(records: Sequence[Record], *, who: str = "student") -> list[Row]:
         key = replace(settings, seed=0)
         row = found.setdefault(key, Row(key))
         row.validation[settings.seed] = record["validation"][who][-1]
+        row.best[settings.seed] = max(record["validation"][who])
         row.test[settings.seed] = record["test"][who]
+        if losses := record.get("base_loss"):
+            row.base_loss[settings.seed] = losses[-1]
         if record["rate"]:
             row.rate[settings.seed] = record["rate"][-1]
     return sorted(found.values(), key=_order)
@@ -75,7 +76,8 @@ def table(
     """Markdown: a line for each setting; what all have in common stands below.
 
     A gain is that of runs over their plain twins: the same seed, images, order and views. One that
-    is not larger than its spread, the standard deviation over seeds, is called none.
+    is not larger than its spread, the standard deviation over seeds, is called none. The best epoch
+    is that of each seed on the validation images: early stopping, which knows them.
 
     Args:
         records: What to show.
@@ -93,13 +95,16 @@ def table(
         "seeds",
         "validation",
         "gain",
+        "best epoch",
         "test",
         "gain",
+        "base loss",
         "rate (nats)",
     ]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in found:
-        twin = by_settings.get(row.twin) if row.settings != row.twin else None
+        plain = twin_of(row.settings)
+        twin = by_settings.get(plain) if row.settings != plain else None
         lines.append(
             [
                 *(_text(getattr(row.settings, name)) for name in varying),
@@ -107,8 +112,10 @@ def table(
                 str(len(row.test)),
                 _spread(row.validation),
                 _gain(row.validation, twin.validation if twin else None),
+                _spread(row.best),
                 _spread(row.test),
                 _gain(row.test, twin.test if twin else None),
+                _spread(row.base_loss),
                 _spread(row.rate),
             ]
         )
@@ -119,7 +126,41 @@ def table(
         *_failures(records),
         f"{len(records)} runs, median {seconds:.0f} s; {_listed(records)}.",
     ]
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", *of_all])
+    return "\n".join([markdown(head, lines), "", *of_all])
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+
+
+def details(
+    records: Sequence[Record], *, who: str = "student", twins: Sequence[Record] | None = None
+) -> str:
+    """Markdown: a line for each setting with what else the last epoch measured, means over seeds.
+
+    Args:
+        records: What to show.
+        who: Not looked at: these are of the student, and of the pairs of the training.
+        twins: Not looked at.
+    """
+    found: dict[Settings, dict[str, list[float]]] = {}
+    for record in sorted(records, key=lambda record: _order(Row(settings_of(record)))):
+        if not record.get("error"):
+            measured = found.setdefault(replace(settings_of(record), seed=0), {})
+            last = {name: values[-1] for name, values in record.get("pairs", {}).items()}
+            for name, value in {**record.get("robustness", {}), **last}.items():
+                measured.setdefault(name, []).append(value)
+    names = list(dict.fromkeys(name for measured in found.values() for name in measured))
+    lines = [
+        [
+            *(_text(getattr(settings, name)) for name in ("method", "mismatched")),
+            described(settings),
+            *(f"{mean(measured[name]):.2f}" if name in measured else "" for name in names),
+        ]
+        for settings, measured in found.items()
+    ]
+    return markdown(["method", "mismatched", "regulariser", *names], lines)
 
 
 def _failures(records: Sequence[Record]) -> Iterator[str]:
@@ -191,115 +232,3 @@ def _listed(records: Sequence[Record]) -> str:
         versions.setdefault("revision", set()).add(record["revision"] or "unknown")
         versions.setdefault("on", set()).add(record["device"])
     return "; ".join(f"{name} {', '.join(sorted(seen))}" for name, seen in versions.items())
-
-
-# ---- Plot ----------------------------------------------------------------------------------------
-
-
-def draw(
-    records: Sequence[Record],
-    path: Path,
-    *,
-    who: str = "student",
-    twins: Sequence[Record] | None = None,
-) -> None:
-    """The gain on the validation images over beta, a panel for each method, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    found = rows(records, who=who)
-    by_settings = _by_settings(records if twins is None else twins, who)
-    methods = sorted({row.settings.method for row in found})
-    figure, axes = plt.subplots(
-        1, len(methods), figsize=(4.5 * len(methods), 3.6), sharey=True, squeeze=False
-    )
-    for axis, method in zip(axes[0], methods, strict=True):
-        curves: dict[str, list[tuple[float, list[float]]]] = {}
-        for row in found:
-            twin = by_settings.get(row.twin)
-            if row.settings.method != method or not row.settings.beta or twin is None:
-                continue
-            paired = gains(row.validation, twin.validation)
-            if paired:
-                label = described(replace(row.settings, beta=1.0)).replace(", beta 1", "")
-                curves.setdefault(label, []).append((row.settings.beta, paired))
-        for label, points in curves.items():
-            points.sort()
-            axis.errorbar(
-                [beta for beta, _ in points],
-                [mean(paired) for _, paired in points],
-                [stdev(paired) if len(paired) > 1 else 0.0 for _, paired in points],
-                marker="o",
-                markersize=4,
-                capsize=3,
-                label=label,
-            )
-        axis.axhline(0, color="0.6", linewidth=1, zorder=0)
-        axis.set(xscale="log", xlabel="beta", title=method)
-        if curves:
-            axis.legend(fontsize="x-small")
-    axes[0][0].set_ylabel("gain in validation k-NN (points)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
-
-
-# ---- Reports -------------------------------------------------------------------------------------
-
-_TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-_PLOT = re.compile(r"<!-- plot: (\S+) (.+?) -->")
-
-
-def rewritten(path: Path) -> str:
-    """A report in Markdown with its tables made anew.
-
-    Between ``<!-- table: FILE OPTIONS -->`` and ``<!-- end -->`` stands the table of the runs in
-    FILE, a path from the report, whose settings are among those of OPTIONS, or of one of several
-    OPTIONS between semicolons; ``--who teacher`` in front takes the teacher's accuracy.
-    """
-
-    def renewed(match: re.Match[str]) -> str:
-        chosen, twins, who = _chosen(path.parent, match[2])
-        return f"{match[1]}{table(chosen, who=who, twins=twins)}\n{match[3]}"
-
-    return _TABLE.sub(renewed, path.read_text())
-
-
-def rewrite(path: Path) -> None:
-    """Makes the tables of a report anew, and draws the PNG of each ``<!-- plot: PNG FILE ... -->``.
-
-    Raises:
-        OSError: If one of the files is not there.
-        ValueError: If a line of one is no record, or an option is none.
-    """
-    text = rewritten(path)
-    for target, words in _PLOT.findall(text):
-        chosen, twins, who = _chosen(path.parent, words)
-        draw(chosen, path.parent / target, who=who, twins=twins)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
-def _chosen(folder: Path, words: str) -> tuple[list[Record], list[Record], str]:
-    """The runs to show, all runs of the file, and whose accuracy."""
-    file, *rest = shlex.split(words)
-    who = "student"
-    if rest[:1] == ["--who"]:
-        who, rest = rest[1], rest[2:]
-    if not (folder / file).exists():
-        raise FileNotFoundError(f"{folder / file} is not there")
-    known = read(folder / file)
-    wanted = [one for part in " ".join(rest).split(";") for one in options.parse(part.split())]
-    return matching(known, wanted), known, who
-
-
-def matching(records: Sequence[Record], wanted: Sequence[dict[str, Any]]) -> list[Record]:
-    """The records that have all the values of one of ``wanted``."""
-    return [
-        record
-        for record, known in ((record, asdict(settings_of(record))) for record in records)
-        if any(all(known[name] == value for name, value in one.items()) for one in wanted)
-    ]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 METHODS = ("dino", "simclr", "byol", "moco", "simsiam", "barlowtwins", "vicreg", "swav")
-BACKBONES = ("small", "resnet18", "resnet50", "efficientnet_b0")
-REGULARISERS = ("plain", "climb", "noise", "norm", "invariance", "decay")
+BACKBONES = ("small", "residual", "resnet18", "resnet50", "efficientnet_b0")
+REGULARISERS = ("untrained", "plain", "climb", "noise", "norm", "invariance", "decay")
+LOGVARS = ("linear", "shared")
 
 
 def option(
@@ -39,8 +40,9 @@ class Settings:
     # The data
     images: int = option(45_000, "training images, of 45,000", least=1)
     bank: int = option(45_000, "labelled training images that the k-NN knows", least=200)
+    pixels: int = option(32, "edge of a large view; a small one has half of that", least=8, most=32)
     crop: float = option(0.2, "smallest share of the image in a large view", most=1)
-    local_views: int = option(4, "of DINO: small views, 16 pixels wide, beside the two large")
+    local_views: int = option(4, "of DINO: small views beside the two large")
     mismatched: float = option(
         0.0, "fraction of images whose other views show another image", most=1
     )
@@ -52,6 +54,8 @@ class Settings:
     weight_decay: float = option(5e-4, "of all parameters")
     momentum: float = option(0.99, "of the teacher at the start; a cosine takes it to 1", most=1)
     temperature: float = option(0.5, "of SimCLR and MoCo")
+    teacher_temperature: float = option(0.04, "of DINO", least=1e-3)
+    standardised: int = option(0, "1: batch norm without parameters behind the backbone", most=1)
     hidden: int = option(2048, "width inside projection and prediction heads", least=1)
     embedding: int = option(256, "width at the end of the projection", least=2)
     prototypes: int = option(2048, "of DINO and SwAV", least=2)
@@ -59,13 +63,14 @@ class Settings:
     regulariser: str = option("plain", "what is added to the loss", REGULARISERS)
     beta: float = option(0.0, "its weight; of decay: added to weight_decay")
     at: str = option("projection", "where it acts", ("projection", "features"))
-    prior: str = option("standard", "of climb", ("standard", "learned", "view"))
+    prior: str = option("standard", "of climb", ("standard", "learned", "view", "backward"))
     alpha: float = option(0.0, "of climb: weight of the entropy beside the rate")
     free_nats: float = option(0.0, "of climb: rate that costs nothing")
     warmup: float = option(0.0, "of climb: fraction of the training in which beta rises from 0")
     target_rate: float = option(0.0, "of climb: nats to be held by adapting beta; 0: fixed beta")
     init_std: float = option(0.1, "of climb and noise: std at the start", least=1e-3)
     fixed_std: int = option(0, "of climb and noise: 1 keeps the std as it is at the start")
+    logvar: str = option("linear", "of climb and noise: form of the log-variance", LOGVARS)
     # The measurement
     every: int = option(10, "epochs from one k-NN on the validation images to the next", least=1)
 
@@ -115,13 +120,15 @@ REGULARISATION = (
     "target_rate",
     "init_std",
     "fixed_std",
+    "logvar",
 )
 """The settings in which a run and its plain twin differ."""
 
 USED: dict[str, set[str]] = {
+    "untrained": set(),
     "plain": set(),
     "climb": set(REGULARISATION),
-    "noise": {"at", "init_std", "fixed_std"},
+    "noise": {"at", "init_std", "fixed_std", "logvar"},
     "norm": {"beta", "at"},
     "invariance": {"beta", "at"},
     "decay": {"beta"},

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from lightly.models.modules import DINOProjectionHead
-from lightly.utils.benchmarking import knn_predict
 from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,11 +20,11 @@ from tqdm import tqdm
 
 from climb_plugin import ClimbLoss
 from knn_study.data import Labelled, Parts, RandomViews, normalised
+from knn_study.measures import accuracy, robustness
 from knn_study.methods import METHODS, Learner
+from knn_study.pairs import Pairs
 from knn_study.regularisers import Penalised, regularised
 from knn_study.settings import Settings
-
-NEIGHBOURS, TEMPERATURE = 200, 0.1  # of the k-NN: lightly's benchmarks
 
 
 class OutOfTimeError(Exception):
@@ -42,6 +41,8 @@ class Measured:
     base_loss: list[float] = field(default_factory=list)
     rate: list[float] = field(default_factory=list)  # nats; empty without posteriors
     beta: list[float] = field(default_factory=list)
+    pairs: dict[str, list[float]] = field(default_factory=dict)  # of pairs.Pairs, by epoch
+    robustness: dict[str, float] = field(default_factory=dict)  # of the student, validation
     seconds: float = 0.0
     images_per_second: float = 0.0  # of training, each counted once whatever its views
 
@@ -72,12 +73,12 @@ def train(
     """
     run = _Run(settings, parts, device)
     done = run.load(checkpoint)
-    steps = settings.epochs * run.steps
+    steps = run.epochs * run.steps
     with tqdm(
         total=steps, initial=done * run.steps, desc=settings.name, unit="step", disable=not bar
     ) as progress:
         before, longest = math.inf, 0.0
-        for epoch in range(done, settings.epochs):
+        for epoch in range(done, run.epochs):
             now = time.monotonic()
             before, longest = now, max(longest, now - before)
             if now + longest > deadline:
@@ -99,8 +100,12 @@ class _Run:
         self.cuda = device.startswith("cuda")
         self.made_on = {"data": parts.fingerprint, "device": device.split(":")[0]}
         self.train = parts.train.part(0, settings.images).to(device)
-        self.bank = parts.train.part(0, settings.bank).to(device)
-        self.validation, self.test = parts.validation.to(device), parts.test.to(device)
+        self.bank, self.validation, self.test = (
+            part.resized(settings.pixels).to(device)
+            for part in (parts.train.part(0, settings.bank), parts.validation, parts.test)
+        )
+        # The untrained network needs its batch statistics only.
+        self.epochs = 1 if settings.regulariser == "untrained" else settings.epochs
         self.steps = len(self.train.labels) // settings.batch
         if not self.steps:
             raise ValueError(f"batch={settings.batch} is more than the {settings.images} images")
@@ -109,11 +114,10 @@ class _Run:
         method = METHODS[settings.method]
         self.learner = Learner(settings).to(device).to(memory_format=torch.channels_last)
         loss = method.loss(settings).to(device)
-        self.criterion = regularised(
-            loss, self.learner, settings, steps=self.steps * settings.epochs
-        )
+        self.criterion = regularised(loss, self.learner, settings, steps=self.steps * self.epochs)
+        self.pairs = Pairs(self.criterion, loss)
         self.optimizer = _make_optimizer(settings, [*self._trained()])
-        total = self.steps * settings.epochs
+        total = self.steps * self.epochs
         self.decay = CosineWarmupScheduler(self.optimizer, max(1, total // 20), total)
         self.views = RandomViews(
             settings, local=settings.local_views if settings.method == "dino" else 0
@@ -139,7 +143,7 @@ class _Run:
         for step, chosen in enumerate(order[: self.steps * settings.batch].split(settings.batch)):
             done = epoch * self.steps + step
             self.learner.update_teacher(
-                cosine_schedule(done, settings.epochs * self.steps, settings.momentum, 1)
+                cosine_schedule(done, self.epochs * self.steps, settings.momentum, 1)
             )
             logs.append(self._step(self.train.images[chosen], epoch))
             progress.update()
@@ -149,9 +153,11 @@ class _Run:
         if isinstance(self.criterion, ClimbLoss):
             measured.rate.append(means[1])
             measured.beta.append(float(self.criterion.terms.beta))
+        for name, value in self.pairs.means().items():
+            measured.pairs.setdefault(name, []).append(value)
         if not math.isfinite(means[0]):
             raise FloatingPointError(f"the loss of epoch {epoch + 1} is {means[0]}")
-        last = epoch + 1 == settings.epochs
+        last = epoch + 1 == self.epochs
         if last or (epoch + 1) % settings.every == 0:
             measured.epoch.append(epoch + 1)
             for who, accuracy in self._knn(self.validation).items():
@@ -160,6 +166,7 @@ class _Run:
             progress.set_postfix_str(f"k-NN {shown:.1f} %")
         if last:
             measured.test = self._knn(self.test)
+            measured.robustness = robustness(self._student, self.validation, self.bank)
         measured.seconds += time.perf_counter() - began
         speed = self.steps * settings.batch / took
         before = measured.images_per_second
@@ -171,11 +178,15 @@ class _Run:
         with torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext():
             outputs = self.learner(views)
         outputs = tuple(_in_float32(output) for output in outputs)
-        more = {"epoch": epoch} if self.settings.method == "dino" else {}
+        settings = self.settings
+        more = {"epoch": epoch} if settings.method == "dino" else {}
         try:
             loss: Tensor = self.criterion(*outputs, **more)
         except ValueError as error:  # ClimbLoss looks at each value
             raise FloatingPointError(str(error)) from error
+        self.pairs.step(outputs, self.views.wrong, settings.teacher_temperature)
+        if settings.regulariser == "untrained":
+            return loss.detach().view(1)
         self.optimizer.zero_grad()
         loss.backward()
         if isinstance(self.learner.head, DINOProjectionHead):
@@ -190,34 +201,36 @@ class _Run:
 
     @torch.no_grad()
     def _knn(self, asked: Labelled) -> dict[str, float]:
-        """On the features of student and teacher, by lightly's protocol; the last epoch counts.
-
-        A head at the features has these as its mean: it has no k-NN of its own.
-        """
+        """Of the features of student and teacher, and of the student's embedding (its mean)."""
         self.learner.eval()
-        accuracies = {}
-        for who, backbone in (
-            ("student", self.learner.backbone),
-            ("teacher", self.learner.teacher_backbone),
-        ):
-            if backbone is None:
-                continue
-            known = self._features(backbone, self.bank).T.contiguous()
-            correct = 0
-            for features, labels in zip(
-                self._features(backbone, asked).split(1000), asked.labels.split(1000), strict=True
-            ):
-                ranked = knn_predict(
-                    features, known, self.bank.labels, 10, knn_k=NEIGHBOURS, knn_t=TEMPERATURE
-                )
-                correct += int((ranked[:, 0] == labels).sum())
-            accuracies[who] = 100 * correct / len(asked.labels)
-        return accuracies
+        encoders = {"student": self._student, "embedding": self._embedding}
+        if self.learner.teacher_backbone is not None:
+            encoders["teacher"] = self._teacher
+        return {
+            who: accuracy(encode(asked), asked.labels, encode(self.bank), self.bank.labels)
+            for who, encode in encoders.items()
+        }
 
+    def _student(self, part: Labelled) -> Tensor:
+        return F.normalize(self._features(self.learner.backbone, part), dim=1)
+
+    def _teacher(self, part: Labelled) -> Tensor:
+        return F.normalize(self._features(self.learner.teacher_backbone, part), dim=1)
+
+    def _embedding(self, part: Labelled) -> Tensor:
+        features = self._features(self.learner.backbone, part)
+        return F.normalize(self.learner.embedding(features), dim=1)
+
+    @torch.no_grad()
     def _features(self, backbone: nn.Module, part: Labelled) -> Tensor:
+        """(N, F), in float32."""
         with torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext():
-            features = [backbone(normalised(some)).float() for some in part.images.split(500)]
-        return F.normalize(torch.cat(features), dim=1)
+            return torch.cat(
+                [
+                    backbone(normalised(some).contiguous(memory_format=torch.channels_last)).float()
+                    for some in part.images.split(500)
+                ]
+            )
 
     # ---- Checkpoints -----------------------------------------------------------------------------
 

@@ -131,9 +131,15 @@ class TestSettings:
         for entry in fields(Settings):
             choices = entry.metadata["choices"]
             other = (
-                next(c for c in choices if c not in (entry.default, "plain", "climb", "noise"))
+                next(
+                    c
+                    for c in choices
+                    if c not in (entry.default, "untrained", "plain", "climb", "noise")
+                )
                 if choices
                 else min(entry.default + 1, entry.metadata["most"])
+                if entry.default < entry.metadata["most"]
+                else entry.default - 1
             )
             changed = {**base, entry.name: other}
             if entry.name == "regulariser":
@@ -198,6 +204,20 @@ class TestData:
         assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
         assert not torch.equal(seen[0][0], seen[0][1])
 
+    @pytest.mark.parametrize("pixels", [16, 24])
+    def test_smaller_images(self, pixels: int) -> None:
+        """Views and the images of the k-NN; the average of what falls together is kept."""
+        from knn_study.data import Labelled, RandomViews
+
+        images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+        large, *_, small = RandomViews(settings(pixels=pixels), local=1)(images)
+        assert large.shape == (6, 3, pixels, pixels)
+        assert small.shape == (6, 3, pixels // 2, pixels // 2)
+        resized = Labelled(images, torch.zeros(6)).resized(pixels).images
+        assert resized.shape == (6, 3, pixels, pixels)
+        means = [one.float().mean((2, 3)) for one in (images, resized)]
+        torch.testing.assert_close(*means, atol=3.0, rtol=0.0)
+
     def test_each_image_of_a_batch_has_its_own_augmentation(self) -> None:
         from knn_study.data import RandomViews
 
@@ -216,11 +236,19 @@ class TestData:
         images = torch.arange(2000, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
         first, *others = draw(images)
         for view in others:
-            share = (view[:, 0, 0, 0] != first[:, 0, 0, 0]).float().mean().item()
+            other = view[:, 0, 0, 0] != first[:, 0, 0, 0]
+            assert torch.equal(other, draw.wrong)
+            share = other.float().mean().item()
             assert share == pytest.approx(fraction, abs=3 * math.sqrt(0.25 / 2000))
 
 
-BACKBONES = {"small": 128, "resnet18": 512, "resnet50": 2048, "efficientnet_b0": 1280}
+BACKBONES = {
+    "small": 128,
+    "residual": 128,
+    "resnet18": 512,
+    "resnet50": 2048,
+    "efficientnet_b0": 1280,
+}
 
 
 @pytest.mark.parametrize(("name", "width"), BACKBONES.items())
@@ -234,7 +262,7 @@ def test_backbones_take_small_images(name: str, width: int) -> None:
 
 
 METHODS = ("dino", "simclr", "byol", "moco", "simsiam", "barlowtwins", "vicreg", "swav")
-TEACHERS = {"dino", "byol", "moco"}
+TEACHERS = {method: {"teacher"} for method in ("dino", "byol", "moco")}
 REGULARISED: dict[str, dict[str, Any]] = {
     "plain": {},
     "projection": {"regulariser": "climb", "beta": 1e-2, "alpha": 0.5},
@@ -250,7 +278,7 @@ def test_every_method_trains(
     result = run(method=method, **regularised)
     accuracies = [result.test, *({w: v[-1] for w, v in result.validation.items()},)]
     for known in accuracies:
-        assert set(known) == {"student", "teacher"} if method in TEACHERS else {"student"}
+        assert set(known) == {"student", "embedding"} | TEACHERS.get(method, set())
         assert all(0 <= accuracy <= 100 for accuracy in known.values())
     assert len(result.base_loss) == 2
     assert all(map(math.isfinite, result.base_loss))
@@ -276,12 +304,115 @@ def test_twins_begin_alike_and_see_the_same_views(
         return seen, start
 
     monkeypatch.setattr(training._Run, "_knn", lambda self, asked: {"student": 0.0})
+    monkeypatch.setattr(training, "robustness", lambda *_: {})
     plain, before = trained()
     views, start = trained(**options)
     assert len(plain) == 3 * (3 if method == "dino" else 2)
     assert all(torch.equal(a, b) for a, b in zip(plain, views, strict=True))
     assert all(torch.equal(value, start[name]) for name, value in before.items())
     assert (start.keys() != before.keys()) == bool(options)
+
+
+def test_the_untrained_network_is_the_twin_before_its_first_step(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """All but the statistics of the batch norms is as it was drawn."""
+    run(method="dino", regulariser="untrained")
+    from knn_study.methods import Learner
+
+    torch.manual_seed(0)
+    before = Learner(settings(method="dino"))
+    after = torch.load(tmp_path / "c.pt")["learner"]
+    for name, value in before.named_parameters():
+        torch.testing.assert_close(
+            value.data, after[name], rtol=1e-5, atol=1e-7
+        )  # teacher: m + 1-m
+    moved = [name for name, value in before.named_buffers() if not torch.equal(value, after[name])]
+    assert any(name.endswith("running_mean") for name in moved)
+
+
+def test_a_standardised_feature_has_no_scale_of_its_own(file: Path) -> None:
+    from knn_study.methods import Learner
+
+    learner = Learner(settings(method="simclr", standardised=1, regulariser="plain"))
+    seen: list[Tensor] = []
+    learner.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    learner([100 * torch.randn(64, 3, 32, 32) for _ in range(2)])
+    torch.testing.assert_close(seen[0].detach().mean(0), torch.zeros(128), atol=1e-5, rtol=0.0)
+    assert seen[0].detach().std(0).median() == pytest.approx(1.0, abs=0.05)
+
+
+class TestMeasures:
+    def test_the_nearest_neighbours_vote(self) -> None:
+        from knn_study.measures import accuracy
+
+        axes = torch.eye(10)
+        labels = torch.arange(10)
+        assert accuracy(axes, labels, axes.repeat(5, 1), labels.repeat(5)) == 100
+        assert accuracy(axes, labels, axes.repeat(5, 1), (labels + 1).repeat(5) % 10) == 0
+
+    def test_few_labels_are_of_each_class_and_noise_is_the_same_in_every_run(self) -> None:
+        from knn_study.data import Labelled
+        from knn_study.measures import robustness
+
+        part = Labelled(
+            torch.randint(0, 256, (600, 3, 8, 8), dtype=torch.uint8), torch.arange(600) % 10
+        )
+        seen: list[Tensor] = []
+
+        def encode(images: Labelled) -> Tensor:
+            seen.append(images.images)
+            return torch.nn.functional.one_hot(images.labels, 10).float()
+
+        for _ in range(2):
+            found = robustness(encode, part, part)
+            assert found == {
+                "5 labels a class": 100,
+                "50 labels a class": 100,
+                "queries noisy": 100,
+                "queries grey": 100,
+            }
+        assert torch.equal(seen[2], seen[6])
+        noise = (seen[2].float() - part.images.float()).abs().mean()
+        assert 5 < noise < 20
+        assert (seen[3].float().std(1) == 0).all()
+
+
+class TestPairs:
+    def test_right_and_wrong_pairs_against_a_loop(self) -> None:
+        """DINO with a head, whose rates and choices are computed here image by image."""
+        from lightly.loss import DINOLoss
+
+        from climb_plugin import ClimbLoss, GaussianHead
+        from climb_plugin.gaussian import kl_to_standard_normal
+        from knn_study.pairs import Pairs
+
+        torch.manual_seed(0)
+        head, loss = GaussianHead(4), DINOLoss(4, teacher_temp=0.1)
+        criterion = ClimbLoss(loss, heads=head, beta=1e-2)
+        pairs = Pairs(criterion, loss)
+        wrong = torch.tensor([True, False, False, True, False])
+        expected: dict[str, list[float]] = {}
+        for _ in range(3):
+            with torch.no_grad():
+                head(torch.randn(5, 4))  # an evaluation between the steps
+            inputs = [torch.randn(5, 4, requires_grad=True) for _ in range(3)]
+            student = [head(one) for one in inputs]
+            teacher = [torch.randn(5, 4) for _ in range(2)]
+            criterion(teacher, student)
+            pairs.step((teacher, student), wrong, 0.1)
+            rates = [kl_to_standard_normal(*head.posterior(one.detach())) for one in inputs[:2]]
+            for i, kind in enumerate("right" if not one else "wrong" for one in wrong):
+                expected.setdefault(f"rate {kind}", []).append(
+                    (rates[0][i] + rates[1][i]).item() / 2
+                )
+                agree = [int(teacher[a][i].argmax() == student[1 - a][i].argmax()) for a in (0, 1)]
+                expected.setdefault(f"agreement {kind}", []).append(sum(agree) / 2)
+        found = pairs.means()
+        for name, values in expected.items():
+            assert found[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
+        assert 0 < found["teacher entropy of rows"] <= found["teacher entropy of the mean"] <= 1
+        assert pairs.means() == {}
 
 
 def test_scores_of_swav_are_cosines() -> None:
@@ -555,6 +686,7 @@ def line(
     return {
         "name": chosen.name,
         "settings": asdict(chosen),
+        "epoch": [1, 2],
         "validation": {"student": [0.0, validation]},
         "test": {"student": test},
         "rate": [] if chosen.regulariser == "plain" else [rate],
@@ -587,8 +719,8 @@ class TestReport:
         climb = self.cells(*known)["climb, beta 0.01"]
         assert climb[:2] == ["3", "38.67 ± 24.87"]
         assert climb[2] == "+1.00 ± 0.71"
-        assert climb[4] == "+1.00 ± 0.71"
-        assert climb[5] == "3.00 ± 0.00"
+        assert climb[5] == "+1.00 ± 0.71"
+        assert climb[7] == "3.00 ± 0.00"
 
     @pytest.mark.parametrize(
         ("gains", "said"),
@@ -607,6 +739,12 @@ class TestReport:
         known = self.cells(line(50, lr=1e-3), line(52, lr=2e-3, **CLIMB))
         assert known["0.002"][3] == ""
 
+    def test_the_best_epoch_is_that_of_each_seed(self) -> None:
+        early = {**line(seed=0), "validation": {"student": [60.0, 50.0]}}
+        late = {**line(seed=1), "validation": {"student": [40.0, 52.0]}}
+        assert self.cells(early, late)["plain"][1] == "51.00 ± 1.41"
+        assert self.cells(early, late)["plain"][3] == "56.00 ± 5.66"
+
     def test_nothing_is_measured(self) -> None:
         from knn_study.report import table
 
@@ -621,12 +759,12 @@ class TestReport:
         path.write_text(
             "# A\n<!-- table: runs.jsonl --method simclr -->\nold\n<!-- end -->\nB\n"
             "<!-- table: runs.jsonl --method byol ; --beta 0.01 -->\n<!-- end -->\n"
-            "<!-- plot: plot.png runs.jsonl -->\n"
+            "<!-- plot: plot.png runs.jsonl -->\n<!-- curves: curves.png runs.jsonl -->\n"
         )
         assert study.main(["--report", str(path)]) == 0
         text = path.read_text()
         assert text.startswith("# A\n<!-- table: runs.jsonl --method simclr -->\n| regulariser |")
-        assert text.endswith("\n<!-- end -->\n<!-- plot: plot.png runs.jsonl -->\n")
+        assert "\n<!-- end -->\n<!-- plot: plot.png runs.jsonl -->\n" in text
         assert "old" not in text
         first, second = text.split("\nB\n")
         assert "byol" not in first
@@ -634,8 +772,9 @@ class TestReport:
         # Twins are looked for in the whole file.
         assert "| simclr | climb, beta 0.01 | 1 | 52.00 | +2.00 |" in second
         assert "| byol | plain | 1 | 40.00 |  |" in second
-        with Image.open(tmp_path / "plot.png") as picture:
-            assert picture.width > 400
+        for name in ("plot.png", "curves.png"):
+            with Image.open(tmp_path / name) as picture:
+                assert picture.width > 400
         assert study.main(["--report", str(path)]) == 0
         assert path.read_text() == text
 
@@ -647,8 +786,70 @@ class TestReport:
         assert path.read_text() == "<!-- table: runs.jsonl -->\n<!-- end -->\n"
 
 
+class TestVerdicts:
+    SPREAD = (-0.3, 0.1, 0.2, -0.1, 0.3, 0.0, -0.2, 0.1)
+
+    def verdict(self, gain: float, *, best: float = 0.0, seeds: int = 8, untrained: float = 20.0):
+        from knn_study.verdicts import verdicts
+
+        known = []
+        for seed, noise in enumerate(self.SPREAD[:seeds]):
+            plain = line(50.0, seed=seed)
+            plain["validation"] = {"student": [50.0 + best, 50.0]}
+            known += [plain, line(untrained, seed=seed, regulariser="untrained")]
+            known.append(line(50 + gain + noise, seed=seed, **CLIMB))
+        (row,) = [line for line in verdicts(known).splitlines() if "climb" in line]
+        return row.strip("| ").split(" | ")
+
+    @pytest.mark.parametrize(
+        ("values", "said"),
+        [
+            ({"gain": 1.0}, "gain"),
+            ({"gain": -1.0}, "loss"),
+            ({"gain": 0.05}, "none"),
+            ({"gain": 1.0, "seeds": 7}, "open: fewer than 8 seeds"),
+            ({"gain": 1.0, "best": 1.5}, "none"),  # early stopping does as well
+            ({"gain": 1.0, "untrained": 52.0}, "none"),
+        ],
+    )
+    def test_a_gain_is_one_over_all_three(self, values: dict[str, Any], said: str) -> None:
+        assert self.verdict(**values)[-1] == said
+
+    def test_the_interval_against_scipy(self) -> None:
+        from scipy import stats
+
+        cells = self.verdict(1.0)
+        values = np.array(self.SPREAD) + 1
+        half = stats.t.ppf(0.975, 7) * values.std(ddof=1) / math.sqrt(8)
+        low, high = values.mean() - half, values.mean() + half
+        assert cells[2] == f"{values.mean():+.2f} [{low:.2f}, {high:.2f}]"
+
+    def test_holm_looks_at_all_lines(self) -> None:
+        """A p of 0.03 is below 0.05 alone, and not as the smallest of two."""
+        from knn_study.verdicts import holm, p_value
+
+        values = [x + 0.22 for x in self.SPREAD]
+        assert p_value(values) < 0.05
+        assert holm([p_value(values), 0.9])[0] == pytest.approx(2 * p_value(values))
+
+
+def test_details_are_of_the_last_epoch() -> None:
+    from knn_study.report import details
+
+    known = [
+        {
+            **line(seed=seed, **CLIMB),
+            "pairs": {"rate right": [9.0, 3.0 + seed]},
+            "robustness": {"queries grey": 40.0},
+        }
+        for seed in (0, 1)
+    ]
+    last = details(known).splitlines()[-1]
+    assert last == "| simclr | 0 | climb, beta 0.01 | 40.00 | 3.50 |"
+
+
 def test_the_stored_report_is_made_of_the_stored_lines() -> None:
-    from knn_study.report import rewritten
+    from knn_study.documents import rewritten
 
     path = EXAMPLES / "RESULTS.md"
     assert rewritten(path) == path.read_text()

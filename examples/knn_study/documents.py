@@ -1,0 +1,77 @@
+"""Renews the tables and plots of a report in Markdown from the stored runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from knn_study import options
+from knn_study.plots import curves, draw
+from knn_study.records import Record, read, settings_of
+from knn_study.report import details, table
+from knn_study.verdicts import verdicts
+
+_TABLES = {"table": table, "verdicts": verdicts, "details": details}
+_PLOTS = {"plot": draw, "curves": curves}
+_TABLE = re.compile(r"(<!-- (table|verdicts|details): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLOT = re.compile(r"<!-- (plot|curves): (\S+) (.+?) -->")
+
+
+def rewritten(path: Path) -> str:
+    """A report in Markdown with its tables made anew.
+
+    Between ``<!-- table: FILE OPTIONS -->`` and ``<!-- end -->`` stands the table of the runs in
+    FILE, a path from the report, whose settings are among those of OPTIONS, or of one of several
+    OPTIONS between semicolons; ``--who teacher`` or ``--who embedding`` in front takes that
+    accuracy. ``verdicts`` and ``details`` in place of ``table`` make the tables of those names.
+    """
+
+    def renewed(match: re.Match[str]) -> str:
+        chosen, twins, who = _chosen(path.parent, match[3])
+        return f"{match[1]}{_TABLES[match[2]](chosen, who=who, twins=twins)}\n{match[4]}"
+
+    return _TABLE.sub(renewed, path.read_text())
+
+
+def rewrite(path: Path) -> None:
+    """Makes the tables of a report anew, and draws the PNG of each ``<!-- plot: PNG FILE ... -->``.
+
+    ``curves`` in place of ``plot`` draws the accuracy over epochs.
+
+    Raises:
+        OSError: If one of the files is not there.
+        ValueError: If a line of one is no record, or an option is none.
+    """
+    text = rewritten(path)
+    for kind, target, words in _PLOT.findall(text):
+        chosen, twins, who = _chosen(path.parent, words)
+        _PLOTS[kind](chosen, path.parent / target, who=who, twins=twins)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _chosen(folder: Path, words: str) -> tuple[list[Record], list[Record], str]:
+    """The runs to show, all runs of the file, and whose accuracy."""
+    file, *rest = shlex.split(words)
+    who = "student"
+    if rest[:1] == ["--who"]:
+        who, rest = rest[1], rest[2:]
+    if not (folder / file).exists():
+        raise FileNotFoundError(f"{folder / file} is not there")
+    known = read(folder / file)
+    wanted = [one for part in " ".join(rest).split(";") for one in options.parse(part.split())]
+    return matching(known, wanted), known, who
+
+
+def matching(records: Sequence[Record], wanted: Sequence[dict[str, Any]]) -> list[Record]:
+    """The records that have all the values of one of ``wanted``."""
+    return [
+        record
+        for record, known in ((record, asdict(settings_of(record))) for record in records)
+        if any(all(known[name] == value for name, value in one.items()) for one in wanted)
+    ]

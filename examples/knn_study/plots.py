@@ -1,0 +1,109 @@
+"""Draws the gain over beta, and k-NN accuracy over the epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+from knn_study.records import Record, settings_of
+from knn_study.report import described, gains, rows, twin_of
+
+
+def draw(
+    records: Sequence[Record],
+    path: Path,
+    *,
+    who: str = "student",
+    twins: Sequence[Record] | None = None,
+) -> None:
+    """The gain on the validation images over beta, a panel for each method, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = rows(records, who=who)
+    by_settings = {row.settings: row for row in rows(records if twins is None else twins, who=who)}
+    methods = sorted({row.settings.method for row in found})
+    figure, axes = plt.subplots(
+        1, len(methods), figsize=(4.5 * len(methods), 3.6), sharey=True, squeeze=False
+    )
+    for axis, method in zip(axes[0], methods, strict=True):
+        curves: dict[str, list[tuple[float, list[float]]]] = {}
+        for row in found:
+            twin = by_settings.get(twin_of(row.settings))
+            if row.settings.method != method or not row.settings.beta or twin is None:
+                continue
+            paired = gains(row.validation, twin.validation)
+            if paired:
+                label = described(replace(row.settings, beta=1.0)).replace(", beta 1", "")
+                curves.setdefault(label, []).append((row.settings.beta, paired))
+        for label, points in curves.items():
+            points.sort()
+            axis.errorbar(
+                [beta for beta, _ in points],
+                [mean(paired) for _, paired in points],
+                [stdev(paired) if len(paired) > 1 else 0.0 for _, paired in points],
+                marker="o",
+                markersize=4,
+                capsize=3,
+                label=label,
+            )
+        axis.axhline(0, color="0.6", linewidth=1, zorder=0)
+        axis.set(xscale="log", xlabel="beta", title=method)
+        if curves:
+            axis.legend(fontsize="x-small")
+    axes[0][0].set_ylabel("gain in validation k-NN (points)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def curves(
+    records: Sequence[Record],
+    path: Path,
+    *,
+    who: str = "student",
+    twins: Sequence[Record] | None = None,
+) -> None:
+    """The validation accuracy of each setting over its epochs, mean and range over seeds.
+
+    The untrained network, which has one epoch, is a dashed line. ``twins`` is not looked at.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found: dict[str, dict[int, list[float]]] = {}
+    untrained: dict[str, list[float]] = {}
+    for record in records:
+        settings = settings_of(record)
+        values = record["validation"].get(who, [])
+        if record.get("error") or not values:
+            continue
+        if settings.regulariser == "untrained":
+            untrained.setdefault(settings.method, []).append(values[-1])
+            continue
+        wrong = f", {settings.mismatched:.0%} wrong pairs" if settings.mismatched else ""
+        points = found.setdefault(f"{settings.method}, {described(settings)}{wrong}", {})
+        for epoch, value in zip(record["epoch"], values, strict=True):
+            points.setdefault(epoch, []).append(value)
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for label, points in sorted(found.items()):
+        epochs = sorted(points)
+        axis.plot(epochs, [mean(points[e]) for e in epochs], marker="o", markersize=3, label=label)
+        low, high = ([limit(points[e]) for e in epochs] for limit in (min, max))
+        axis.fill_between(epochs, low, high, alpha=0.15)
+    for method, values in sorted(untrained.items()):
+        axis.axhline(mean(values), linestyle="--", color="0.5", linewidth=1)
+        axis.annotate(
+            f"{method}, untrained", (0.02, mean(values)), xycoords=("axes fraction", "data")
+        )
+    axis.set(xlabel="epoch", ylabel=f"k-NN of the {who}, validation (%)")
+    axis.legend(fontsize="x-small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,108 @@
+"""Decides whether a setting gains over its plain twin, by the rule of a pre-registration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import mean
+
+from scipy import stats
+
+from knn_study.records import Record
+from knn_study.report import Row, described, gains, markdown, rows, twin_of
+
+SEEDS, LEVEL = 8, 0.95
+
+
+def verdicts(
+    records: Sequence[Record], *, who: str = "student", twins: Sequence[Record] | None = None
+) -> str:
+    """Markdown: a line for each setting that has a plain twin, tested as one family.
+
+    A gain needs all of: at least 8 seeds; a paired mean over plain above 0 with p < 0.05 after
+    Holm's correction over the lines of the table; a mean above the untrained network's, and above
+    the plain run's at its best epoch (by validation k-NN, seed by seed). A loss is the same
+    with a mean below 0, without the last two.
+
+    Args:
+        records: Of the settings to decide on.
+        who: Whose features.
+        twins: Where to look for plain twins and untrained networks; by default in ``records``.
+    """
+    known = {row.settings: row for row in rows(records if twins is None else twins, who=who)}
+    tested: list[tuple[Row, Row, Row | None]] = []
+    for row in rows(records, who=who):
+        plain = known.get(twin_of(row.settings))
+        if plain and row.settings.regulariser not in ("plain", "untrained"):
+            untrained = known.get(replace(twin_of(row.settings), regulariser="untrained"))
+            tested.append((row, plain, untrained))
+    paired = [gains(row.validation, plain.validation) for row, plain, _ in tested]
+    p_values = holm([p_value(values) for values in paired])
+    lines = []
+    for (row, plain, untrained), values, p in zip(tested, paired, p_values, strict=True):
+        over_best = gains(row.validation, plain.best)
+        over_untrained = gains(row.validation, untrained.validation if untrained else None)
+        lines.append(
+            [
+                described(row.settings),
+                str(len(values)),
+                with_interval(values),
+                "" if p is None else f"{p:.3f}",
+                with_interval(over_best),
+                with_interval(over_untrained),
+                _verdict(values, p, over_best, over_untrained),
+            ]
+        )
+    head = ["regulariser", "seeds", "over plain", "p, Holm", "over plain's best epoch"]
+    return markdown([*head, "over untrained", "verdict"], lines)
+
+
+def _verdict(
+    values: Sequence[float],
+    p: float | None,
+    over_best: Sequence[float],
+    over_untrained: Sequence[float],
+) -> str:
+    if len(values) < SEEDS or p is None:
+        return f"open: fewer than {SEEDS} seeds"
+    if p >= 1 - LEVEL:
+        return "none"
+    if mean(values) < 0:
+        return "loss"
+    if not over_untrained:
+        return "open: no untrained network"
+    return "gain" if mean(over_best) > 0 and mean(over_untrained) > 0 else "none"
+
+
+def p_value(values: Sequence[float]) -> float | None:
+    """Of the two-sided paired t-test; None for fewer than two differences."""
+    return float(stats.ttest_1samp(values, 0.0).pvalue) if len(values) > 1 else None
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Adjusted for their number (Holm, 1979), in their order; None stays and does not count.
+
+    >>> holm([0.01, 0.04, None, 0.03])
+    [0.03, 0.06, None, 0.06]
+    """
+    order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, i) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        adjusted[i] = largest
+    return adjusted
+
+
+def with_interval(values: Sequence[float]) -> str:
+    """A mean and its 95 % interval by Student's t.
+
+    >>> with_interval([1.0, 2.0, 3.0])
+    '+2.00 [-0.48, 4.48]'
+    """
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
+    return f"{mean(values):+.2f} [{low:.2f}, {high:.2f}]"
