@@ -19,24 +19,21 @@ from climb_plugin.loss import ClimbLoss
 from climb_plugin.schedule import Schedule
 from climb_plugin.terms import ClimbTerms
 
-_HOSTS = ("lightning.pytorch", "pytorch_lightning")
-
 
 def _callback_classes() -> tuple[type, ...]:
     """The Callback class of each package that can be imported."""
-    found: list[type] = []
-    errors: list[str] = []
-    for name in _HOSTS:
+    found, errors = [], []
+    for name in ("lightning.pytorch", "pytorch_lightning"):
         try:
             found.append(import_module(name).Callback)
         except ImportError as error:
             errors.append(str(error))
-    if not found:
-        raise ImportError(
-            "neither lightning nor pytorch_lightning can be imported: pip install 'lightning>=2' "
-            f"({'; '.join(errors)})"
-        )
-    return tuple(found)
+    if found:
+        return tuple(found)
+    raise ImportError(
+        "neither lightning nor pytorch_lightning can be imported: pip install 'lightning>=2' "
+        f"({'; '.join(errors)})"
+    )
 
 
 if TYPE_CHECKING:
@@ -101,7 +98,8 @@ class ClimbCallback(_Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Lays the schedules over the training, prints the settings, begins to record."""
         losses = self._losses()
-        self._restore(losses, pl_module)
+        self._restore(losses)
+        self._check_restored(losses, pl_module)
         lengths: dict[str, int] = {}
         for path, loss in losses.items():
             if loss.climb.schedule.needs_length:
@@ -112,8 +110,8 @@ class ClimbCallback(_Callback):
         self._is_waiting = False
         self._records = {path: _Record(loss) for path, loss in losses.items()}
         if trainer.is_global_zero:
-            said = (_in_force(path, loss, lengths.get(path)) for path, loss in losses.items())
-            print("\n".join(said), flush=True)
+            for path, loss in losses.items():
+                print(_in_force(path, loss, lengths.get(path)), flush=True)
 
     def length(self, trainer: Any, schedule: Schedule) -> int:
         """The number of optimiser steps of the training.
@@ -130,13 +128,11 @@ class ClimbCallback(_Callback):
                 "the ramp total_steps."
             )
         for callback in trainer.callbacks:
-            scheduling = getattr(callback, "scheduling", None)
-            if not isinstance(scheduling, Mapping):
-                continue
-            if set(scheduling.values()) != {trainer.accumulate_grad_batches}:
+            plan = getattr(callback, "scheduling", None)
+            if isinstance(plan, Mapping) and {*plan.values()} != {trainer.accumulate_grad_batches}:
                 raise ValueError(
                     f"{unknown}, because {type(callback).__name__} accumulates gradients over "
-                    f"{dict(scheduling)}: give the ramp total_steps, the number of optimiser steps."
+                    f"{dict(plan)}: give the ramp total_steps, the number of optimiser steps."
                 )
         return int(total)
 
@@ -151,12 +147,8 @@ class ClimbCallback(_Callback):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores a :meth:`state_dict`; for losses that are unknown as yet, in on_train_start."""
-        losses = self._losses()
-        for path, state in state_dict.items():
-            if path in losses:
-                _load(losses[path], state)
-            else:
-                self._restored[path] = state
+        self._restored.update(state_dict)
+        self._restore(self._losses())
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -195,11 +187,19 @@ class ClimbCallback(_Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Restores the losses."""
-        self._stop()
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Restores the losses."""
-        self._stop()
+        was_waiting, self._is_waiting = self._is_waiting, False
+        self._restored = {}  # an evaluation may have loaded foreign states
+        for record in self._records.values():
+            record.loss.climb.observers.remove(record.add)
+        self._records = {}
+        for loss in self._losses().values():
+            loss.climb.watches = True
+            if was_waiting and loss.climb.schedule.needs_length:
+                loss.climb.lay(None)
 
     def _losses(self) -> dict[str, ClimbLoss]:
         """The losses by their paths; searched anew, since hooks of the module may make some."""
@@ -210,9 +210,14 @@ class ClimbCallback(_Callback):
                 loss.climb.lay(0)
         return losses
 
-    def _restore(self, losses: Mapping[str, ClimbLoss], pl_module: Any) -> None:
-        restored, self._restored = self._restored, {}
-        gone = sorted(restored.keys() - losses.keys())
+    def _restore(self, losses: Mapping[str, ClimbLoss]) -> None:
+        for path in self._restored.keys() & losses.keys():
+            state = self._restored.pop(path)
+            losses[path].load_climb_state(state)
+            losses[path].climb_priors.load_state_dict(state["priors"])
+
+    def _check_restored(self, losses: Mapping[str, ClimbLoss], pl_module: Any) -> None:
+        gone, self._restored = sorted(self._restored), {}
         if gone:
             message = (
                 f"the checkpoint has the state of a ClimbLoss at {' and '.join(gone)}, where "
@@ -223,24 +228,6 @@ class ClimbCallback(_Callback):
             if getattr(pl_module, "strict_loading", True):  # since Lightning 2.2
                 raise ValueError(message)
             warnings.warn(message, stacklevel=3)
-        for path in restored.keys() & losses.keys():
-            _load(losses[path], restored[path])
-
-    def _stop(self) -> None:
-        was_waiting, self._is_waiting = self._is_waiting, False
-        self._restored = {}  # an evaluation may have loaded foreign states
-        for record in self._records.values():
-            record.remove()
-        self._records = {}
-        for loss in self._losses().values():
-            loss.climb.watches = True
-            if was_waiting and loss.climb.schedule.needs_length:
-                loss.climb.lay(None)
-
-
-def _load(loss: ClimbLoss, state: Mapping[str, Any]) -> None:
-    loss.load_climb_state(state)
-    loss.climb_priors.load_state_dict(state["priors"])
 
 
 class _Record:
@@ -251,9 +238,6 @@ class _Record:
         self.called = False
         self.clear()
         loss.climb.observers.append(self.add)
-
-    def remove(self) -> None:
-        self.loss.climb.observers.remove(self.add)
 
     def clear(self) -> None:
         self._sums: dict[str, tuple[Tensor, int]] = {}

@@ -184,15 +184,8 @@ def efficientnet_b0(method: str, *, stem_stride: int = 2, **kwargs: Any) -> Any:
 
     backbone: Any = timm.create_model("efficientnet_b0", num_classes=0, **kwargs)
     plain = backbone.conv_stem
-    stem = nn.utils.skip_init(
-        Stem,
-        plain.in_channels,
-        plain.out_channels,
-        kernel_size=plain.kernel_size,
-        stride=stem_stride,
-        padding=plain.padding,
-        bias=plain.bias is not None,
-    )
+    shape = plain.in_channels, plain.out_channels, plain.kernel_size
+    stem = nn.utils.skip_init(Stem, *shape, stem_stride, plain.padding, bias=False)
     stem.load_state_dict(plain.state_dict(), strict=False)
     backbone.conv_stem = stem
     return backbone

@@ -19,8 +19,6 @@ from torch.utils.data import DataLoader
 
 from climb_plugin.adapters.solo_config import register
 
-DISTANCES, FEATURES = ["cosine", "euclidean"], ["backbone", "projector"]
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the accuracies of a checkpoint; the arguments are by default the command line's."""
@@ -89,8 +87,8 @@ def _parsed(arguments: Sequence[str] | None) -> Namespace:
     add("--num_workers", type=int, default=4)
     add("--k", type=int, nargs="+", default=[20])
     add("--temperature", type=float, nargs="+", default=[0.07])
-    for name, of in (("distance_function", DISTANCES), ("feature_type", FEATURES)):
-        add(f"--{name}", nargs="+", default=of[:1], choices=of)
+    add("--distance_function", nargs="+", default=["cosine"], choices=["cosine", "euclidean"])
+    add("--feature_type", nargs="+", default=["backbone"], choices=["backbone", "projector"])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--trust_checkpoint", action="store_true", help="let code in it run")
     return parser.parse_args(arguments)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from climb_plugin.adapters.find import find_losses
 from climb_plugin.adapters.solo_config import DEFAULTS, make_schedule, read_keys, settings
@@ -68,7 +68,10 @@ class SoloCallback(ResumingCallback):
             return
         try:
             super().on_train_start(trainer, pl_module)
-            _check_length(trainer, pl_module.climb.schedule)
+            schedule, total = pl_module.climb.schedule, trainer.estimated_stepping_batches
+            # With a warm-up in steps that is longer than the training, beta would never arrive.
+            if not schedule.needs_length and 0 <= total < math.inf:
+                schedule.over(int(total))
         except ValueError as error:
             raise ValueError(f"climb_warmup={self._keys['climb_warmup']}: {error}") from error
 
@@ -93,11 +96,6 @@ class SoloCallback(ResumingCallback):
         """Keeps a :meth:`state_dict` until the training starts."""
         self._steps = state_dict["steps"]
         super().load_state_dict(state_dict["losses"])
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Restores the method's own functions."""
-        self._undo.close()
-        super().on_exception(trainer, pl_module, exception)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Restores the method's own functions."""
@@ -146,13 +144,6 @@ def _config_of(module: Any) -> Any:
     return None
 
 
-def _check_length(trainer: Any, schedule: Schedule) -> None:
-    """Raises if a warm-up in steps is longer than the training, so that beta never arrives."""
-    total = trainer.estimated_stepping_batches
-    if not schedule.needs_length and 0 <= total < math.inf:
-        schedule.over(int(total))
-
-
 def _put_in(module: Any, keys: Mapping[str, Any], *, trained: bool) -> None:
     """Makes ``module.climb``, the loss whose head is in the method's projection head."""
     own = vars(module)  # by setattr the loss would become a submodule
@@ -190,7 +181,7 @@ def _make_loss(module: Any, keys: Mapping[str, Any]) -> ClimbLoss:
     teacher = twins[0] if twins else getattr(module, f"momentum_{names[0]}", None)
     options = settings(keys, make_schedule(keys))
     try:
-        loss = wrapped(_as_it_is, options, student=student, teacher=teacher, check_base=False)
+        loss = wrapped(nn.Identity(), options, student=student, teacher=teacher, check_base=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"climb_beta cannot act on {method}.{names[0]}: {error}") from error
     _hold_priors(loss, student, teacher)
@@ -206,10 +197,6 @@ def _hold_priors(loss: ClimbLoss, student: nn.Module, teacher: nn.Module | None)
             if teacher is not None:
                 twin = copy.deepcopy(prior).requires_grad_(False)
                 teacher.get_submodule(paths[head]).add_module("climb_prior", twin)
-
-
-def _as_it_is(loss: Tensor) -> Tensor:
-    return loss
 
 
 def _with_bottleneck(module: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -238,5 +225,5 @@ def _start_from_weights(module: Any, checkpoint: dict[str, Any]) -> None:
         if f".{NAME}." in key:
             checkpoint["state_dict"].setdefault(key, value)
     checkpoint.update(optimizer_states=[], lr_schedulers=[], callbacks={}, loops=None)
-    said = "a checkpoint without it: its weights are taken, and the training begins at step 0."
-    print(f"CLIMB: {said}", flush=True)
+    said = "CLIMB: a checkpoint without it: its weights are taken, and the training begins at "
+    print(f"{said}step 0.", flush=True)

@@ -45,15 +45,12 @@ class ResumingCallback(ClimbCallback):
 
 def freeze(module: Any) -> dict[str, Any]:
     """The state for :func:`thaw`, in numbers and tensors, which torch loads as such."""
-    numpy_state: Any = np.random.get_state()
-    kind, keys, position, has_gauss, gauss = numpy_state
-    version, internal, gauss_next = random.getstate()
-    updater = getattr(module, "momentum_updater", None)
+    kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "numpy": (str(kind), keys.tolist(), int(position), int(has_gauss), float(gauss)),
-        "python": (version, internal, gauss_next),
-        "tau": getattr(updater, "cur_tau", None),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
+        "python": random.getstate(),
+        "tau": getattr(getattr(module, "momentum_updater", None), "cur_tau", None),
     }
 
 
@@ -63,10 +60,8 @@ def thaw(module: Any, state: Mapping[str, Any], *, step: int) -> None:
     solo-learn counts momentum updates from 0 again, so the first batch would do one too many.
     """
     torch.set_rng_state(state["torch"].cpu())
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
     if state["tau"] is not None and hasattr(module, "momentum_updater"):
         module.momentum_updater.cur_tau = state["tau"]
         module.last_step = step

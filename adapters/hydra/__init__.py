@@ -6,12 +6,9 @@ Every Hydra program imports this module; so nothing but Hydra's base class is im
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-
-if TYPE_CHECKING:
-    from hydra.core.config_search_path import ConfigSearchPath
 
 
 class ClimbPlugin(SearchPathPlugin):  # type: ignore[misc]
@@ -22,7 +19,7 @@ class ClimbPlugin(SearchPathPlugin):  # type: ignore[misc]
     the Trainer.
     """
 
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+    def manipulate_search_path(self, search_path: Any) -> None:
         """Registers, in a program that uses solo-learn."""
         if "solo.methods" in sys.modules:
             from climb_plugin.adapters.solo_learn import register
