@@ -84,6 +84,11 @@ def available(device: str) -> bool:
     return device == "cpu" or torch.cuda.is_available()
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=[name for name in DEVICES if available(name)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device of this machine."""
