@@ -12,15 +12,12 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import square
 
 from climb_plugin import ClimbLoss, GaussianHead, wrap
 from climb_plugin.climb import Climb
 
 SHORT = ["terms", "heads", "beta", "step", "schedule", "alpha", "prior", "free_nats", "set_step"]
-
-
-def square(z: Tensor) -> Tensor:
-    return z.square().mean()
 
 
 def make(base: Any, **options: Any) -> ClimbLoss:
@@ -348,16 +345,17 @@ class TestNesting:
 
 
 def test_what_a_base_returns_beside_a_scalar_is_refused_before_anything_is_trained() -> None:
-    returns: list[Callable[[Tensor], Any]] = [
-        lambda z: (z.square().mean(), {"std": 1.0}),
-        lambda z: {"loss": z.square().mean()},
-        lambda z: [z.square().mean()],
-        lambda z: z.square().mean(dim=1),
-        lambda z: z.square().mean().item(),
-    ]
-    for base in returns:
+    returns: dict[str, Callable[[Tensor], Any]] = {
+        "tuple": lambda z: (z.square().mean(), {"std": 1.0}),
+        "dict": lambda z: {"loss": z.square().mean()},
+        "list": lambda z: [z.square().mean()],
+        r"shape \(5,\)": lambda z: z.square().mean(dim=1),
+        "float": lambda z: z.square().mean().item(),
+        "NoneType": lambda z: None,
+    }
+    for got, base in returns.items():
         loss = make(base)
-        with pytest.raises((TypeError, ValueError), match="must return a scalar tensor, got"):
+        with pytest.raises((TypeError, ValueError), match=f"return a scalar tensor, got {got}"):
             loss(loss.heads[0](torch.randn(5, 4)))
         assert not hasattr(loss, "terms")
         assert loss.step == 0

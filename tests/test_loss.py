@@ -13,22 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
+from toys import rates_of, rows, square
 
 from climb_plugin import ClimbLoss, ClimbTerms, GaussianHead
 from climb_plugin.schedule import Linear, TargetRate
 
 PRIORS = ["standard", "learned", "view"]
+BAD = [-0.1, math.nan, math.inf]
+VIEWS = "views must be a positive int, or some of them, got"
 
 
-def rows(batch: int = 8, width: int = 6, seed: int = 0) -> Tensor:
-    return torch.randn(batch, width, generator=torch.Generator().manual_seed(seed))
-
-
-def mean_square(*views: Tensor) -> Tensor:
-    return torch.stack([view.square().mean() for view in views]).mean()
-
-
-def make(base: Callable[..., Tensor] = mean_square, **options: object) -> ClimbLoss:
+def make(base: Callable[..., Tensor] = square, **options: object) -> ClimbLoss:
     settings: dict[str, object] = {"heads": GaussianHead(6), "beta": 0.1, **options}
     return ClimbLoss(base, **settings)  # type: ignore[arg-type]
 
@@ -45,13 +40,12 @@ def gaussian_of(head: GaussianHead, embedding: Tensor) -> Independent:
 
 
 class StatefulLoss(nn.Module):
-    """A loss with a buffer, an attribute and a parameter, like those of lightly."""
+    """A loss with a buffer and a parameter, like those of lightly."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("center", torch.zeros(3))
         self.scale = nn.Parameter(torch.ones(()))
-        self.temperature = 0.1
 
     def forward(self, view: Tensor, factor: float = 1.0) -> Tensor:
         self.center += 1
@@ -77,7 +71,7 @@ class TestValue:
             normal = Independent(Normal(torch.zeros(6), torch.ones(6)), 1)
             rate = torch.stack([kl_divergence(p, normal) for p in views]).mean()
         entropy = torch.stack([p.entropy() for p in views]).mean()
-        base = mean_square(*samples)
+        base = square(*samples)
         torch.testing.assert_close(total, base + 0.3 * (rate + alpha * entropy))
         torch.testing.assert_close(loss.terms.rate, rate.detach())
         torch.testing.assert_close(loss.terms.entropy, entropy.detach())
@@ -120,42 +114,22 @@ class TestValue:
         other(other.heads[0](torch.cat(tokens)))
         torch.testing.assert_close(other.terms.rate, one.terms.rate)
 
-    def test_every_sample_counts_the_same_when_views_differ_in_size(self) -> None:
+    @pytest.mark.parametrize(
+        "split", [lambda view: view.split([9, 3]), lambda view: [view.reshape(3, 4, 6)]]
+    )
+    def test_every_sample_and_every_token_counts_the_same(self, split: Any) -> None:
         loss = make()
         (head,) = loss.heads
-        large, small = rows(6), rows(2, seed=1)
-        loss(head(large), head(small))
-        in_parts = loss.terms.rate
-        loss(head(torch.cat([large, small])))
-        torch.testing.assert_close(in_parts, loss.terms.rate)
-
-    def test_tokens_count_like_samples(self) -> None:
-        loss = make()
-        (head,) = loss.heads
-        loss(head(rows(12).reshape(3, 4, 6)))
-        as_tokens = loss.terms.rate
-        loss(head(rows(12)))
-        torch.testing.assert_close(as_tokens, loss.terms.rate)
+        loss(*map(head, split(rows(12))))
+        torch.testing.assert_close(loss.terms.rate, rates_of(head, rows(12)).mean())
 
     def test_rates_of_several_heads_add_up(self) -> None:
         heads = [GaussianHead(6), GaussianHead(4)]
         loss = make(heads=heads)
-        loss(heads[0](rows()), heads[1](rows(width=4)))
-        together = loss.terms.rate
-        alone = []
-        for head, width in zip(heads, (6, 4), strict=True):
-            single = make(heads=head)
-            single(head(rows(width=width)))
-            alone.append(single.terms.rate)
-        torch.testing.assert_close(together, sum(alone))
-
-    def test_heads_in_a_row_are_both_found(self) -> None:
-        first, second = GaussianHead(6), GaussianHead(6)
-        loss = make(heads=[first, second])
-        loss(second(first(rows())))
-        alone = make(heads=first)
-        alone(first(rows()))
-        assert loss.terms.rate > 1.5 * alone.terms.rate
+        views = rows(), rows(width=4)
+        loss(*(head(view) for head, view in zip(heads, views, strict=True)))
+        alone = [rates_of(head, view).mean() for head, view in zip(heads, views, strict=True)]
+        torch.testing.assert_close(loss.terms.rate, sum(alone))
 
     @pytest.mark.parametrize("prior", PRIORS)
     def test_gradient_depends_on_beta_and_is_linear_in_it(self, prior: str) -> None:
@@ -188,13 +162,13 @@ class TestValue:
         loss = make(beta=0.0)
         (head,) = loss.heads
         sample = head(rows())
-        assert torch.equal(loss(sample), mean_square(sample))
+        assert torch.equal(loss(sample), square(sample))
         assert loss.terms.rate > 0
 
     def test_beta_zero_without_heads_is_the_base_loss(self) -> None:
         loss = make(heads=(), beta=0)
         view = rows().requires_grad_()
-        assert torch.equal(loss(view), mean_square(view))
+        assert torch.equal(loss(view), square(view))
         assert math.isnan(loss.terms.rate)
 
     def test_terms_are_detached_scalars(self) -> None:
@@ -208,16 +182,23 @@ class TestValue:
 
 
 class TestWhichPosteriorsCount:
-    def test_an_output_that_is_not_used_does_not(self) -> None:
-        loss = make()
+    """More of them in test_graph.py."""
+
+    @pytest.mark.parametrize("other", ["unused", "detached", "of a call that raised"])
+    def test_not_those_that_the_value_does_not_depend_on(self, other: str) -> None:
+        def base(*views: Tensor) -> Tensor:
+            if any(view.abs().max() > 50 for view in views if view.requires_grad):
+                raise KeyError("of the base")
+            return views[0].square().mean()
+
+        loss = make(base)
         (head,) = loss.heads
         stale = head(100 * rows(seed=5))
-        fresh = head(rows())
-        loss(fresh)
-        alone = loss.terms.rate
-        loss(head(rows()))
-        assert torch.equal(loss.terms.rate, alone)
-        assert stale.requires_grad
+        if other == "of a call that raised":
+            with pytest.raises(KeyError, match="of the base"):
+                loss(stale)
+        loss(head(rows()), *[stale.detach()] * (other == "detached"))
+        torch.testing.assert_close(loss.terms.rate, rates_of(head, rows()).mean())
 
     def test_a_criterion_called_once_per_view_counts_each_view_once(self) -> None:
         """As in the scripts of BYOL, SimSiam and NNCLR."""
@@ -233,61 +214,21 @@ class TestWhichPosteriorsCount:
         for whole, halves in zip(*gradients, strict=True):
             torch.testing.assert_close(whole, halves)
 
-    def test_a_detached_output_does_not(self) -> None:
-        loss = make()
-        (head,) = loss.heads
-        loss(head(rows(seed=1)), head(100 * rows()).detach())
-        both = loss.terms.rate
-        loss(head(rows(seed=1)))
-        assert torch.equal(both, loss.terms.rate)
 
-    def test_after_an_error_in_the_base_the_next_step_is_clean(self) -> None:
-        def base(view: Tensor, fail: bool = False) -> Tensor:
-            if fail:
-                raise KeyError("of the base")
-            return view.square().mean()
-
-        loss = make(base)
-        (head,) = loss.heads
-        with pytest.raises(KeyError, match="of the base"):
-            loss(head(100 * rows()), fail=True)
-        loss(head(rows()))
-        torch.testing.assert_close(
-            loss.terms.rate,
-            kl_divergence(
-                gaussian_of(head, rows()), Independent(Normal(torch.zeros(6), torch.ones(6)), 1)
-            )
-            .mean()
-            .detach(),
-        )
-
-
-class TestEvaluation:
-    def test_without_gradients_it_is_the_base_loss(self) -> None:
-        loss = make()
-        (head,) = loss.heads
-        with torch.no_grad():
-            assert torch.equal(loss(head.eval()(rows())), mean_square(rows()))
-        assert math.isnan(loss.terms.rate)
-        assert loss.step == 0
-
-    def test_in_eval_without_a_graph_it_is_the_base_loss(self) -> None:
-        loss = make()
-        (head,) = loss.heads
-        assert torch.equal(loss(head.eval()(rows())), mean_square(rows()))
-
-    def test_with_gradients_in_eval_it_is_the_base_loss(self) -> None:
-        loss = make()
-        loss.heads[0].eval()
-        view = rows().requires_grad_()
+@pytest.mark.parametrize("gradients", ["of the view", "of nothing", "none"])
+def test_evaluation_is_the_base_loss(gradients: str) -> None:
+    loss = make()
+    loss.heads[0].eval()
+    view = rows().requires_grad_(gradients == "of the view")
+    with torch.set_grad_enabled(gradients != "none"):
         total = loss(loss.heads[0](view))
-        assert torch.equal(total, mean_square(view))
-        (gradient,) = torch.autograd.grad(total, view)
-        (expected,) = torch.autograd.grad(mean_square(view), view)
-        assert torch.equal(gradient, expected)
-        assert math.isnan(loss.terms.rate)
-        assert loss.terms.beta == 0
-        assert loss.step == 0
+    assert torch.equal(total, square(view))
+    if gradients == "of the view":
+        found, expected = (torch.autograd.grad(value, view) for value in (total, square(view)))
+        assert torch.equal(found[0], expected[0])
+    assert math.isnan(loss.terms.rate)
+    assert loss.terms.beta == 0
+    assert loss.step == 0
 
 
 class TestBase:
@@ -307,15 +248,6 @@ class TestBase:
         assert args[0] is sample
         assert args[1] is views
         assert kwargs == {"epoch": 3, "flag": flag}
-
-    def test_attributes_are_read_and_set_through_it(self) -> None:
-        loss = make(StatefulLoss())
-        assert loss.center is loss.base.center
-        loss.temperature = 0.5
-        assert loss.base.temperature == 0.5
-        assert loss.temperature == 0.5
-        with pytest.raises(AttributeError, match="no_such_thing"):
-            _ = loss.no_such_thing
 
     def test_state_dict_is_that_of_the_base_both_ways(self) -> None:
         plain, wrapped = StatefulLoss(), make(StatefulLoss())
@@ -463,35 +395,42 @@ class TestSchedule:
             self.train(loss, 1)
 
 
-class TestWrongInput:
-    @pytest.mark.parametrize("beta", [-0.1, math.nan, math.inf])
-    def test_beta(self, beta: float) -> None:
-        with pytest.raises(ValueError, match="beta must be finite and not negative, got"):
-            make(beta=beta)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        *(
+            ({"beta": beta}, ValueError, "beta must be finite and not negative, got")
+            for beta in BAD
+        ),
+        *(({"alpha": alpha}, ValueError, "alpha must be finite and not neg") for alpha in BAD),
+        *(({"free_nats": nats}, ValueError, "free_nats must be finite and not") for nats in BAD),
+        ({"prior": "normal"}, ValueError, "'view', 'backward', got 'normal'"),
+        ({"prior": "normal", "heads": (), "beta": 0}, ValueError, "'backward', got 'normal'"),
+        ({"base": "dino"}, TypeError, "a loss that can be called, got 'dino'"),
+        ({"heads": nn.Linear(6, 6)}, TypeError, "GaussianHeads, got Linear"),
+        ({"heads": []}, ValueError, r"beta=0\.1\) has nothing to act on"),
+        ({"heads": [GaussianHead(6)] * 2}, ValueError, "same head twice"),
+        ({"views": 2}, ValueError, "views=2 is for .* prior='standard' has"),
+        ({"views": 2, "prior": "learned"}, ValueError, "views=2 is for .* prior='learned' has"),
+        *(
+            ({"heads": heads, "beta": 0, "prior": "view", "views": views}, ValueError, VIEWS)
+            for heads in ((), GaussianHead(6))
+            for views in (0, -1, True, 2.0, "2", [], (1, 0), None)
+        ),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(**options)
 
-    @pytest.mark.parametrize("alpha", [-0.1, math.nan])
-    def test_alpha(self, alpha: float) -> None:
-        with pytest.raises(ValueError, match="alpha must be finite and not negative, got"):
-            make(alpha=alpha)
 
-    @pytest.mark.parametrize(("heads", "beta"), [(GaussianHead(6), 0.1), ((), 0.0)])
-    def test_prior(self, heads: object, beta: float) -> None:
-        with pytest.raises(ValueError, match="'view', 'backward', got 'normal'"):
-            make(prior="normal", heads=heads, beta=beta)
+@pytest.mark.parametrize("step", [-1, 1.5, True])
+def test_set_step_of_something_else(step: object) -> None:
+    with pytest.raises(ValueError, match="step must be an int of 0 or more, got"):
+        make().set_step(step)  # type: ignore[arg-type]
 
-    def test_base(self) -> None:
-        with pytest.raises(TypeError, match="a loss that can be called, got 'dino'"):
-            make("dino")  # type: ignore[arg-type]
 
-    def test_heads(self) -> None:
-        with pytest.raises(TypeError, match="GaussianHeads, got Linear"):
-            make(heads=nn.Linear(6, 6))
-        with pytest.raises(ValueError, match=r"beta=0\.1\) has nothing to act on"):
-            make(heads=[])
-        head = GaussianHead(6)
-        with pytest.raises(ValueError, match="same head twice"):
-            make(heads=[head, head])
-
+class TestWrongCalls:
     def test_called_before_the_head(self) -> None:
         with pytest.raises(RuntimeError, match=r"no sample of heads\[0\], GaussianHead\(6, 6"):
             make()(rows())
@@ -512,62 +451,26 @@ class TestWrongInput:
             loss(loss.heads[0](embedding))
         assert torch.isfinite(loss(loss.heads[0](rows())))
 
-    def test_non_finite_base_is_named(self) -> None:
-        loss = make(lambda view: view.mean() / 0)
-        with pytest.raises(ValueError, match=r"not finite: base loss \(now -?inf\)\. "):
-            loss(loss.heads[0](rows()))
-
-    def test_base_that_returns_no_scalar(self) -> None:
-        loss = make(lambda view: view.mean(dim=1))
-        with pytest.raises(ValueError, match=r"scalar tensor, got shape \(8,\)"):
-            loss(loss.heads[0](rows()))
-
-    @pytest.mark.parametrize("value", [0.5, {"loss": torch.zeros(())}, None])
-    def test_base_that_returns_no_tensor(self, value: object) -> None:
-        loss = make(lambda view: value)
-        with pytest.raises(TypeError, match=f"scalar tensor, got {type(value).__name__}"):
-            loss(loss.heads[0](rows()))
-
-    def test_view_prior_with_one_view(self) -> None:
-        loss = make(prior="view")
-        with pytest.raises(ValueError, match=r"saw one forward call .* shape \(8, 6\)"):
-            loss(loss.heads[0](rows()))
-
-    @pytest.mark.parametrize("views", [0, -1, True, 2.0, "2", [], (1, 0), None])
-    @pytest.mark.parametrize("heads", [(), GaussianHead(6)])
-    def test_views_that_are_no_number_of_views(self, heads: object, views: object) -> None:
-        with pytest.raises(ValueError, match="views must be a positive int, or some of them, got"):
-            make(heads=heads, beta=0, prior="view", views=views)
-
-    @pytest.mark.parametrize("prior", PRIORS[:2])
-    def test_views_without_effect(self, prior: str) -> None:
-        with pytest.raises(ValueError, match=f"views=2 is for .* prior='{prior}' has"):
-            make(prior=prior, views=2)
-
-    @pytest.mark.parametrize("views", [3, (2, 2), (4, 4, 4)])
-    def test_views_that_do_not_divide_the_batch(self, views: object) -> None:
+    @pytest.mark.parametrize(
+        ("views", "sizes", "message"),
+        [
+            (1, [8], r"saw one forward call .* shape \(8, 6\)"),
+            (1, [8, 4], r"have shapes \[\(8, 6\), \(4, 6\)\]"),
+            (3, [8], r"views=3 does not divide .* \[\(8, 6\)\]"),
+            ((2, 2), [8], r"views=\(2, 2\) does not divide .* \[\(8, 6\)\]"),
+            ((4, 4, 4), [8], r"views=\(4, 4, 4\) does not divide .* \[\(8, 6\)\]"),
+        ],
+    )
+    def test_views_that_do_not_pair_up(self, views: Any, sizes: list[int], message: str) -> None:
         loss = make(prior="view", views=views)
-        (head,) = loss.heads
-        shown = str(views).replace("(", r"\(").replace(")", r"\)")
-        with pytest.raises(ValueError, match=rf"views={shown} does not divide .* \[\(8, 6\)\]"):
-            loss(head(rows()))
-
-    def test_view_prior_with_views_of_different_sizes(self) -> None:
-        loss = make(prior="view")
-        (head,) = loss.heads
-        with pytest.raises(ValueError, match=r"have shapes \[\(8, 6\), \(4, 6\)\]"):
-            loss(head(rows()), head(rows(4)))
+        with pytest.raises(ValueError, match=message):
+            loss(*(loss.heads[0](rows(size)) for size in sizes))
 
     def test_terms_before_the_first_call(self) -> None:
         loss = make()
         with pytest.raises(AttributeError, match="call the loss first"):
             _ = loss.terms
         assert not hasattr(loss, "terms")
-
-    @pytest.mark.parametrize("step", [-1, 1.5, True])
-    def test_set_step(self, step: object) -> None:
-        with pytest.raises(ValueError, match="step must be an int of 0 or more, got"):
-            make().set_step(step)  # type: ignore[arg-type]
 
 
 class TestFreeNats:
@@ -593,23 +496,15 @@ class TestFreeNats:
         assert embedding.grad[4:].all()
         assert loss.step == 1
 
-    @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
-    def test_impossible_values(self, value: float) -> None:
-        with pytest.raises(ValueError, match="free_nats must be finite and not negative"):
-            make(free_nats=value)
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_check_of_the_base_can_be_left_to_the_host(value: float) -> None:
+    def base(sample: Tensor) -> Tensor:
+        return sample.square().sum() * value
 
-class TestCheckOfTheBase:
-    def test_can_be_left_to_the_host(self) -> None:
-        def base(sample: Tensor) -> Tensor:
-            return sample.sum() * math.nan
-
-        checking, loss = make(base=base), make(base=base, check_base=False)
-        with pytest.raises(ValueError, match="not finite: base loss"):
-            checking(checking.heads[0](rows()))
-        assert loss(loss.heads[0](rows())).isnan()
-
-    def test_rate_is_checked_all_the_same(self) -> None:
-        loss = make(check_base=False)
-        with pytest.raises(ValueError, match="not finite: rate"):
-            loss(loss.heads[0](rows() * math.nan))
+    checking, loss = make(base=base), make(base=base, check_base=False)
+    with pytest.raises(ValueError, match=rf"not finite: base loss \(now {value}\)\. "):
+        checking(checking.heads[0](rows()))
+    assert not loss(loss.heads[0](rows())).isfinite()
+    with pytest.raises(ValueError, match="not finite: rate"):
+        loss(loss.heads[0](rows() * math.nan))
