@@ -14,21 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toys import mlp, rows, square
 
 import climb_plugin
-from climb_plugin import ClimbLoss, ClimbTerms, GaussianHead
+from climb_plugin import ClimbLoss, ClimbTerms, GaussianHead, wrap
 from climb_plugin.gaussian import Posterior
 from climb_plugin.monitor import Measurements, measure
 from climb_plugin.prior import BackwardPrior, LearnedPrior, StandardPrior, ViewPrior
 from climb_plugin.schedule import Constant, Ramp, TargetRate
-
-
-def rows(seed: int = 0) -> Tensor:
-    return torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
-
-
-def square(view: Tensor) -> Tensor:
-    return view.square().mean()
 
 
 def trained(beta: Any = 0.1) -> ClimbLoss:
@@ -36,7 +29,7 @@ def trained(beta: Any = 0.1) -> ClimbLoss:
     head = GaussianHead(6)
     loss = ClimbLoss(square, heads=head, beta=beta, prior="learned")
     for seed in range(2):
-        loss(head(rows(seed))).backward()
+        loss(head(rows(seed=seed))).backward()
     return loss
 
 
@@ -53,7 +46,7 @@ def learned() -> LearnedPrior:
 
 
 def posterior() -> Posterior:
-    return Posterior(rows(), rows(1))
+    return Posterior(rows(), rows(seed=1))
 
 
 def head() -> GaussianHead:
@@ -136,15 +129,14 @@ def assert_same(one: Any, two: Any) -> None:
         assert one == two
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        copy.deepcopy,
-        lambda item: pickle.loads(pickle.dumps(item)),
-        lambda item: through_file(item, weights_only=False),
-    ],
-    ids=["deepcopy", "pickle", "torch"],
-)
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda item: pickle.loads(pickle.dumps(item)),
+    "torch": lambda item: through_file(item, weights_only=False),
+}
+
+
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("kind", EVERYTHING)
 def test_a_copy_goes_on_as_the_original(kind: type, how: Callable[[Any], Any]) -> None:
     make, use = EVERYTHING[kind]
@@ -174,3 +166,46 @@ def test_states_of_modules_load_with_weights_only(kind: type) -> None:
         nn.init.zeros_(parameter)
     twin.load_state_dict(through_file(item.state_dict(), weights_only=True))
     assert_same(use(item), use(twin))
+
+
+class Pair:
+    """A wrapped projection head, its teacher, and what trains them."""
+
+    def __init__(self, at: str) -> None:
+        student = mlp(6, 8, 4)
+        teacher = copy.deepcopy(student).requires_grad_(False)
+        self.loss = wrap(nn.MSELoss(), student=student, teacher=teacher, beta=1e-3, at=at)
+        self.model = nn.ModuleList([student, teacher])
+
+    def train(self, steps: int) -> list[Tensor]:
+        student, teacher = self.model
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        losses = []
+        for seed in range(steps):
+            with torch.no_grad():
+                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.1)
+            losses.append(self.loss(student(rows(seed=seed)), teacher(rows(seed=seed + 1))))
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+
+@pytest.mark.parametrize("at", ["projection", "features"])
+@pytest.mark.parametrize("trained", [0, 2])
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+def test_a_copy_of_a_wrapped_model_trains_like_the_original_and_apart_from_it(
+    how: Callable[[Any], Any], trained: int, at: str
+) -> None:
+    pair = Pair(at)
+    pair.train(trained)
+    twin = how(pair)
+    before, state = copy.deepcopy(twin.model.state_dict()), twin.loss.climb_state()
+    losses = pair.train(3)
+    assert all(map(torch.equal, before.values(), twin.model.state_dict().values()))
+    twin.loss.load_climb_state(state)  # no two calls of a process share noise but so
+    assert twin.train(3) == losses
+    assert all(map(torch.equal, *(p.model.state_dict().values() for p in (pair, twin))))
+    assert twin.loss.heads[0] in set(twin.model[0].modules())
+    with pytest.raises(RuntimeError, match="copy both together"):
+        pair.loss(twin.model[0](rows()), rows(width=4))

@@ -24,11 +24,6 @@ ROWS = torch.zeros(64, 64)
 INDEPENDENT = 5 / 4096**0.5
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 64), GaussianHead(64))
 
