@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import tracemalloc
 import weakref
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -205,46 +203,80 @@ def scaled_beside_another_one(loss: ClimbLoss, outs: list[Tensor]) -> None:
     (1024 * loss(*outs) + outs[0].square().sum()).backward()
 
 
-def with_a_frozen_variance(loss: ClimbLoss, outs: list[Tensor]) -> None:
-    loss(*outs).backward()
-
-
-BACKWARDS = [
+BACKWARDS: list[Callable[[ClimbLoss, list[Tensor]], None]] = [
     a_call_per_view,
     two_losses_in_one_backward,
     two_losses_in_two_backwards,
     backward_twice,
     scaled_beside_another_one,
-    with_a_frozen_variance,
 ]
 
 
-@pytest.mark.parametrize("backward", BACKWARDS)
-def test_gradients_of(backward: Callable[[ClimbLoss, list[Tensor]], None]) -> None:
-    def once(net: Net) -> list[Tensor]:
-        for head in net.heads:
-            head.logvar.requires_grad_(backward is not with_a_frozen_variance)
-        backward(make_loss(net, beta=0.3), outputs(net, views()))
-        return gradients(net)
-
-    expected = once(Net())
-    assert expected
-    torch.testing.assert_close(once(Net(not_reentrant)), expected, rtol=1e-5, atol=1e-6)
+def a_frozen_variance(net: Net) -> None:
+    net.heads.requires_grad_(False)
+    make_loss(net, beta=0.3)(*outputs(net, views())).backward()
 
 
-@pytest.mark.parametrize("in_flight", [1, 2, 3])
-def test_accumulated_gradients(in_flight: int) -> None:
+def accumulated(net: Net, in_flight: int) -> None:
     """Backward passes come in the order of the forward passes."""
+    loss = make_loss(net, beta=0.3)
+    for first in range(0, 3, in_flight):
+        steps = range(first, min(first + in_flight, 3))
+        for total in [loss(*outputs(net, views(step))) for step in steps]:
+            (total / 3).backward()
 
-    def train(net: Net) -> list[Tensor]:
-        loss = make_loss(net, beta=0.3)
-        for first in range(0, 3, in_flight):
-            steps = range(first, min(first + in_flight, 3))
-            for total in [loss(*outputs(net, views(step))) for step in steps]:
-                (total / 3).backward()
-        return gradients(net)
 
-    torch.testing.assert_close(train(Net(not_reentrant)), train(Net()), rtol=1e-5, atol=1e-6)
+def forwards_without_gradients(net: Net) -> None:
+    """In training mode: a target of one's own, with and without a checkpoint of its own."""
+    with torch.no_grad():
+        outputs(net, views(1))
+    outs = outputs(net, views())
+    with torch.no_grad():
+        outputs(net, views(2))
+        nn.Sequential(*net.blocks)(views(3)[0])
+    make_loss(net, beta=0.3)(*outs).backward()
+
+
+def one_head_of_several(net: Net) -> None:
+    ClimbLoss(distance, heads=net.heads[0], beta=0.3)(*outputs(net, views())).backward()
+
+
+RUNS: dict[str, tuple[type[Net], Callable[[Net], object]]] = {
+    **{
+        backward.__name__: (
+            Net,
+            lambda net, backward=backward: backward(
+                make_loss(net, beta=0.3), outputs(net, views())
+            ),
+        )
+        for backward in BACKWARDS
+    },
+    **{f"{n} in flight": (Net, partial(accumulated, in_flight=n)) for n in (1, 2, 3)},
+    **{f"one head of {kind.__name__}": (kind, one_head_of_several) for kind in NETS},
+    "a frozen variance": (Net, a_frozen_variance),
+    "forwards without gradients": (Net, forwards_without_gradients),
+}
+
+
+@pytest.mark.parametrize(("kind", "use"), RUNS.values(), ids=RUNS)
+def test_gradients_are_those_of_the_plain_run(kind: type[Net], use: Callable[[Net], None]) -> None:
+    found = []
+    for run in (not_reentrant, plain):
+        net = kind(run)
+        use(net)
+        found.append(gradients(net))
+    assert found[1]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_by_the_outputs_alone() -> None:
+    """Which does not come to the checkpoint."""
+
+    def of_outputs(net: Net) -> tuple[Tensor, ...]:
+        outs = outputs(net, views())
+        return torch.autograd.grad(make_loss(net, beta=0.3)(*outs), outs)
+
+    torch.testing.assert_close(of_outputs(Net(not_reentrant)), of_outputs(Net()))
 
 
 @pytest.mark.parametrize("kind", [Net, Both])
@@ -260,23 +292,6 @@ def test_autocast(kind: type[Net]) -> None:
     torch.testing.assert_close(
         gradients_of(not_reentrant), gradients_of(plain), rtol=1e-2, atol=1e-3
     )
-
-
-def test_forwards_without_gradients_do_not_count() -> None:
-    """In training mode: a target of one's own, with and without a checkpoint of its own."""
-
-    def train(net: Net) -> list[Tensor]:
-        loss = make_loss(net, beta=0.3)
-        with torch.no_grad():
-            outputs(net, views(1))
-        outs = outputs(net, views())
-        with torch.no_grad():
-            outputs(net, views(2))
-            nn.Sequential(*net.blocks)(views(3)[0])
-        loss(*outs).backward()
-        return [*loss.terms, *gradients(net)]
-
-    torch.testing.assert_close(train(Net(not_reentrant)), train(Net()), rtol=1e-5, atol=1e-6)
 
 
 def test_an_output_that_the_loss_does_not_take_does_not_count() -> None:
@@ -303,28 +318,6 @@ def test_evaluation_is_the_base_loss_alone(run: Call) -> None:
     loss = make_loss(other)
     loss(*outputs(other, views())).backward()
     assert loss.terms.rate > 0
-
-
-def test_one_head_of_several() -> None:
-    def gradients_of(net: Net) -> list[Tensor]:
-        head = net.heads[0]
-        assert isinstance(head, GaussianHead)
-        loss = ClimbLoss(distance, heads=head, beta=0.3)
-        loss(*outputs(net, views())).backward()
-        return [loss.terms.rate, *gradients(net)]
-
-    for kind in NETS:
-        torch.testing.assert_close(gradients_of(kind(not_reentrant)), gradients_of(kind()))
-
-
-def test_a_gradient_by_the_outputs_alone() -> None:
-    """Which does not come to the checkpoint."""
-
-    def of_outputs(net: Net) -> tuple[Tensor, ...]:
-        outs = outputs(net, views())
-        return torch.autograd.grad(make_loss(net, beta=0.3)(*outs), outs)
-
-    torch.testing.assert_close(of_outputs(Net(not_reentrant)), of_outputs(Net()))
 
 
 def shallow(run: Call, use: Callable[[nn.Module, ClimbLoss, Call], Tensor | None]) -> list[Tensor]:
@@ -661,31 +654,3 @@ def test_a_step_leaves_nothing_behind(how: str) -> None:
 
 def _fail(_: Tensor) -> Tensor:
     raise KeyError("of a hook")
-
-
-def live_tensors() -> int:
-    gc.collect()
-    return sum(issubclass(type(item), Tensor) for item in gc.get_objects())
-
-
-def test_nothing_grows_over_250_steps() -> None:
-    """From step 60 on: caches are full by then."""
-    net = Net(not_reentrant)
-    loss = make_loss(net, beta=1e-3)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
-    tensors, marks = 0, []
-    for step in range(250):
-        if step == 60:
-            tensors = live_tensors()
-            tracemalloc.start()
-        if step in (150, 249):
-            gc.collect()
-            marks.append(tracemalloc.get_traced_memory()[0])
-        total = loss(*outputs(net, views()))
-        total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        del total
-    tracemalloc.stop()
-    assert live_tensors() == tensors
-    assert all(after - before < 50_000 for before, after in pairwise(marks))

@@ -259,15 +259,6 @@ def test_no_graph_is_kept() -> None:
     assert kept() is None
 
 
-def test_the_loss_still_copies_after_a_check() -> None:
-    model = Learner()
-    model.loss = ClimbLoss(contrast, heads=model.head, beta=1.0)
-    for _ in range(EVERY):
-        model.loss(*model(0.1)).backward()
-    copy.deepcopy(model)
-    pickle.dumps(model)
-
-
 @pytest.mark.parametrize(
     ("prior", "is_fixed"),
     [("standard", True), ("learned", True), ("view", False), ("backward", False)],

@@ -34,6 +34,7 @@ from hypothesis.stateful import (
 )
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
+from torch.utils.checkpoint import checkpoint
 
 from climb_plugin import ClimbLoss, GaussianHead
 from climb_plugin._graph import noise
@@ -544,8 +545,10 @@ def resident_bytes(device: torch.device) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("layout", ["linear", "chain"])
-def test_nothing_grows_over_1000_steps(layout: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("layout", "checkpointed"), [("linear", True), ("chain", False)])
+def test_nothing_grows_over_1000_steps(
+    layout: str, checkpointed: bool, device: torch.device
+) -> None:
     """From step 300 on, and of Python's memory from step 600 on: caches are full by then."""
     torch.manual_seed(0)
     net = Net(layout, width=128).to(device)
@@ -560,7 +563,10 @@ def test_nothing_grows_over_1000_steps(layout: str, device: torch.device) -> Non
         if step == 600:
             gc.collect()
             python = tracemalloc.get_traced_memory()[0]
-        outs = [net(view)[0] for view in views]
+        if checkpointed:
+            outs = [checkpoint(net, view, use_reentrant=False)[0] for view in views]
+        else:
+            outs = [net(view)[0] for view in views]
         if step % 10 == 3:
             with raising(KeyError, "of the base"):
                 loss(*outs, fail="raise")
