@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
-from toys import mlp, rates, square
+from toys import (
+    Net,
+    embedded,
+    embedded_and_normed,
+    mlp,
+    normalised,
+    normalised_in_training,
+    rates,
+    same,
+    scored,
+    square,
+)
 
 from climb_plugin import ClimbLoss, GaussianHead, unwrap, wrap
 from climb_plugin.attach import attach
@@ -22,51 +33,9 @@ def sequential() -> nn.Sequential:
     return mlp(16, 32, 8)
 
 
-class Own(nn.Module):
-    """A module with a forward of its own; ``ends`` says how."""
-
-    def __init__(self, ends: str = "plain") -> None:
-        super().__init__()
-        self.hidden, self.last = nn.Linear(16, 32), nn.Linear(32, 8)
-        self.norm, self.ends = nn.BatchNorm1d(8), ends
-
-    def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.last(F.relu(self.hidden(x)))
-        if self.ends == "batch norm":
-            z = self.norm(z)
-        always = self.ends in ("normalised", "batch norm")
-        if always or (self.ends == "in training" and self.training):
-            z = F.normalize(z, dim=-1)
-        return z
-
-
-class Prototypes(nn.Module):
-    """As DINO's head: a normalised bottleneck before the last layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = sequential()
-        self.prototypes = nn.Linear(8, 20, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.prototypes(F.normalize(self.mlp(x), dim=-1))
-
-
 class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
-
-
-class Reversed(nn.Module):
-    """Layers that are registered in another order than they run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = nn.Linear(32, 8)
-        self.first = nn.Linear(16, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.first(x)))
 
 
 def tied() -> nn.Module:
@@ -77,13 +46,12 @@ def tied() -> nn.Module:
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "sequential": sequential,
     "nested": lambda: nn.Sequential(sequential(), nn.Sequential(nn.Linear(8, 8))),
-    "own": Own,
-    "normalised": lambda: Own("normalised"),
-    "normalised in training": lambda: Own("in training"),
-    "batch norm": lambda: Own("batch norm"),
-    "prototypes": Prototypes,
+    "net": Net,
+    "normalised": lambda: Net(finish=normalised),
+    "normalised in training": lambda: Net(finish=normalised_in_training),
+    "batch norm": lambda: Net(embedded_and_normed, normalised),
+    "prototypes": lambda: Net(finish=scored),
     "residual": lambda: Residual(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)),
-    "reversed": Reversed,
     "tied": tied,
     "linear": lambda: nn.Linear(16, 8),
 }
@@ -232,7 +200,7 @@ class TestTheHostMeansWhatItMeant:
         student.train()
         assert head.training
 
-    @pytest.mark.parametrize("make", [sequential, Own], ids=["sequential", "own"])
+    @pytest.mark.parametrize("make", [sequential, Net])
     @pytest.mark.parametrize("when", ["before", "after"])
     def test_a_hook_of_the_user_sees_the_sample(
         self, make: Callable[[], nn.Module], when: str
@@ -336,10 +304,10 @@ class TestTheHostIsTakenApartAfterwards:
         for one, two in zip(pruned(plain), pruned(student), strict=True):
             assert torch.equal(one, two)
 
-    @pytest.mark.parametrize("ends", ["plain", "normalised"])
+    @pytest.mark.parametrize("finish", [same, normalised])
     @pytest.mark.filterwarnings("ignore:.*deprecated")
-    def test_dynamic_quantisation(self, ends: str) -> None:
-        student, rows = Own(ends), torch.randn(8, 16)
+    def test_dynamic_quantisation(self, finish: Any) -> None:
+        student, rows = Net(finish=finish), torch.randn(8, 16)
         plain = copy.deepcopy(student)
         loss = wrap(square, student=student, beta=1e-3)
         loss(student(rows)).backward()
@@ -354,13 +322,12 @@ class TestTheHostIsTakenApartAfterwards:
     @pytest.mark.parametrize("at", ["projection", "features"])
     def test_synchronised_batch_norm(self, at: str) -> None:
         """The layer whose output is sampled becomes another one; in eval(), as there is no GPU."""
-        student, rows = nn.ModuleDict({"head": Own("batch norm")}), torch.randn(8, 16)
-        head = student["head"]
-        mean = (
-            rows
-            if at == "features"
-            else copy.deepcopy(head.norm).eval()(head.last(F.relu(head.hidden(rows))))
+        student, rows = (
+            nn.ModuleDict({"head": Net(embedded_and_normed, normalised)}),
+            torch.randn(8, 16),
         )
+        head = student["head"]
+        mean = rows if at == "features" else copy.deepcopy(head.norm).eval()(embedded(head, rows))
         loss = wrap(square, student=head, beta=1e-3, at=at)
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         for part in student.modules():
@@ -378,7 +345,7 @@ class TestTheHostIsTakenApartAfterwards:
         assert_rate(loss, student, rows, copy.deepcopy(student).eval()(rows))
 
     @pytest.mark.parametrize(
-        ("make", "layer"), [(sequential, "1"), (lambda: Own("normalised"), "last")]
+        ("make", "layer"), [(sequential, "1"), (lambda: Net(finish=normalised), "last")]
     )
     def test_the_layer_that_holds_the_head_is_replaced(
         self, make: Callable[[], nn.Module], layer: str
@@ -414,7 +381,7 @@ def test_a_module_that_was_compiled_in_place_is_refused() -> None:
 
 
 def test_a_layer_that_is_tied_to_another_head_samples_for_the_wrapped_one_alone() -> None:
-    one, other = Own("normalised"), Own("normalised")
+    one, other = Net(finish=normalised), Net(finish=normalised)
     other.last = one.last
     rows = torch.randn(64, 16)
     expected = other(rows).detach()

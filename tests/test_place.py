@@ -9,39 +9,39 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+import toys
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toys import mlp, square, states
+from toys import (
+    embedded,
+    embedded_and_normed,
+    mlp,
+    normalised,
+    normalised_in_training,
+    same,
+    scored,
+    square,
+    states,
+    unit,
+)
 
 from climb_plugin import ClimbLoss, GaussianHead, wrap
 
-Half = Callable[[Any, Tensor], Tensor]
+Half = Callable[[Any, Tensor], Any]
 
 
-def unit(z: Tensor) -> Tensor:
-    return F.normalize(z, dim=-1)
+class Net(toys.Net):
+    """With more layers, and a counter."""
 
-
-def mlp_of(net: Any, x: Tensor) -> Tensor:
-    out: Tensor = net.last(F.relu(net.hidden(x)))
-    return out
-
-
-class Net(nn.Module):
-    """A head in two halves, which are given: the Gaussian belongs between them."""
-
-    def __init__(self, embed: Half = mlp_of, finish: Half = lambda net, z: z) -> None:
-        super().__init__()
-        # Registered in another order than they run, and not all of them are used.
-        self.last, self.hidden, self.skip = nn.Linear(32, 8), nn.Linear(16, 32), nn.Linear(16, 8)
-        self.norm, self.prototypes = nn.BatchNorm1d(8), nn.Linear(8, 20, bias=False)
+    def __init__(self, *halves: Half, **named: Half) -> None:
+        super().__init__(*halves, **named)
+        self.skip, self.wide = nn.Linear(16, 8), nn.Linear(16, 20)
         self.codebook = nn.utils.parametrizations.weight_norm(nn.Linear(8, 20))
-        self.wide, self.dropout, self.end = nn.Linear(16, 20), nn.Dropout(0), nn.Identity()
-        self.embed, self.finish, self.calls = embed, finish, 0
+        self.dropout, self.end, self.calls = nn.Dropout(0), nn.Identity(), 0
 
     def forward(self, x: Tensor) -> Any:
         self.calls += 1
-        return self.finish(self, self.embed(self, x))
+        return super().forward(x)
 
 
 class L2(nn.Module):
@@ -56,7 +56,7 @@ class Place(NamedTuple):
     halves: Callable[[Any], tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
 
 
-def net(embed: Half = mlp_of, finish: Half = lambda net, z: z) -> Place:
+def net(embed: Half = embedded, finish: Half = same) -> Place:
     def halves(net: Net) -> Any:
         return lambda x: embed(net, x), lambda z: finish(net, z)
 
@@ -88,27 +88,27 @@ PLACES = {
         lambda: nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 8))
     ),
     "end": net(),
-    "normalised": net(finish=lambda net, z: unit(z)),
+    "normalised": net(finish=normalised),
     "normalised first": net(lambda net, x: x, lambda net, x: net.wide(unit(x))),
-    "normalised first, then an MLP": net(lambda net, x: mlp_of(net, unit(x))),
-    "prototypes": net(finish=lambda net, z: net.prototypes(unit(z))),
+    "normalised first, then an MLP": net(lambda net, x: embedded(net, unit(x))),
+    "prototypes": net(finish=scored),
     "prototypes with weight norm and bias": net(finish=lambda net, z: net.codebook(unit(z))),
     "divided by the norm and an epsilon": net(
         finish=lambda net, z: net.prototypes(z / (z.norm(dim=-1, keepdim=True) + 1e-6)) / 0.1
     ),
-    "behind a batch norm": net(lambda net, x: net.norm(mlp_of(net, x)), lambda net, z: unit(z)),
-    "normalised in training alone": net(finish=lambda net, z: unit(z) if net.training else z),
+    "behind a batch norm": net(embedded_and_normed, normalised),
+    "normalised in training alone": net(finish=normalised_in_training),
     "normalised in eval alone": net(finish=lambda net, z: z if net.training else unit(z)),
     "features in eval": net(
-        lambda net, x: mlp_of(net, x) if net.training else net.hidden(x),
-        lambda net, z: unit(z) if net.training else z,
+        lambda net, x: embedded(net, x) if net.training else net.hidden(x),
+        normalised_in_training,
     ),
-    "a skip path": net(lambda net, x: x[:, :8] + mlp_of(net, x)),
+    "a skip path": net(lambda net, x: x[:, :8] + embedded(net, x)),
     "a skip path and an Identity": net(
-        lambda net, x: net.end(net.skip(x) + mlp_of(net, x)), lambda net, z: unit(z)
+        lambda net, x: net.end(net.skip(x) + embedded(net, x)), normalised
     ),
-    "a gate at 0": net(lambda net, x: net.skip(x) + 0.0 * mlp_of(net, x)),
-    "a gate near 0": net(lambda net, x: net.skip(x) + 1e-4 * mlp_of(net, x)),
+    "a gate at 0": net(lambda net, x: net.skip(x) + 0.0 * embedded(net, x)),
+    "a gate near 0": net(lambda net, x: net.skip(x) + 1e-4 * embedded(net, x)),
     "one dropout thrice": net(finish=lambda net, z: unit(net.dropout(net.dropout(net.dropout(z))))),
 }
 
@@ -315,13 +315,11 @@ REFUSALS = {
     ),
     "no layer before the norm": refusal(
         r"Net normalises its embedding.* an nn\.Identity\(\) of its own right before",
-        student=lambda: Net(lambda net, x: net.skip(x) + mlp_of(net, x), lambda net, z: unit(z)),
+        student=lambda: Net(lambda net, x: net.skip(x) + embedded(net, x), normalised),
     ),
     "no layer before norm and prototypes": refusal(
         "Net normalises its embedding",
-        student=lambda: Net(
-            lambda net, x: net.skip(x) + mlp_of(net, x), lambda net, z: net.prototypes(unit(z))
-        ),
+        student=lambda: Net(lambda net, x: net.skip(x) + embedded(net, x), scored),
     ),
     "a head in it": refusal(
         r"student holds a GaussianHead already.* ClimbLoss\(loss, heads=first.heads, beta=.*unwrap",

@@ -22,7 +22,6 @@ from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn import functional as F
 
 from climb_plugin import ClimbLoss, GaussianHead
-from climb_plugin.gaussian import kl_between, kl_to_standard_normal, symmetric_kl
 from climb_plugin.schedule import TargetRate
 
 PRIORS = ["standard", "learned", "view"]
@@ -378,21 +377,6 @@ class TestNeverNegative:
         loss(head(view.to(dtype)), head((view * (1 + 1e-6)).to(dtype)))
         assert loss.terms.rate >= 0
         assert torch.isfinite(loss.terms.rate)
-
-    @given(
-        raw=st.lists(st.floats(-20, 10), min_size=1, max_size=8),
-        offset=st.floats(-1e-2, 1e-2) | st.sampled_from([0.0, 1e-7, -1e-7]),
-    )
-    def test_divergences_of_neighbours(self, raw: list[float], offset: float) -> None:
-        logvar, mean = torch.tensor([raw]), torch.zeros(1, len(raw))
-        near = logvar + offset
-        for value in (
-            kl_to_standard_normal(mean, logvar),
-            kl_to_standard_normal(mean, mean + offset),
-            kl_between(mean, logvar, mean, near),
-            symmetric_kl(mean, logvar, mean, near),
-        ):
-            assert value.item() >= 0
 
 
 def layouts() -> dict[str, Callable[[Tensor], Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,56 @@ def mlp(*widths: int, behind: tuple[nn.Module, ...] = ()) -> nn.Sequential:
     """A projection head: linear, ReLU, linear."""
     first, hidden, last = widths
     return nn.Sequential(nn.Linear(first, hidden), nn.ReLU(), nn.Linear(hidden, last), *behind)
+
+
+def embedded(net: Any, x: Tensor) -> Tensor:
+    out: Tensor = net.last(net.hidden(x).relu())
+    return out
+
+
+def embedded_and_normed(net: Any, x: Tensor) -> Tensor:
+    out: Tensor = net.norm(embedded(net, x))
+    return out
+
+
+def same(net: Any, z: Tensor) -> Tensor:
+    return z
+
+
+def unit(z: Tensor) -> Tensor:
+    return nn.functional.normalize(z, dim=-1)
+
+
+def normalised(net: Any, z: Tensor) -> Tensor:
+    return unit(z)
+
+
+def normalised_in_training(net: Any, z: Tensor) -> Tensor:
+    return unit(z) if net.training else z
+
+
+def scored(net: Any, z: Tensor) -> Tensor:
+    """As DINO's head: a normalised bottleneck before the last layer."""
+    out: Tensor = net.prototypes(unit(z))
+    return out
+
+
+class Net(nn.Module):
+    """A head in two halves, which are given: the Gaussian belongs between them."""
+
+    def __init__(
+        self,
+        embed: Callable[[Any, Tensor], Any] = embedded,
+        finish: Callable[[Any, Tensor], Any] = same,
+    ) -> None:
+        super().__init__()
+        # Registered in another order than they run, and not all of them are used.
+        self.last, self.hidden = nn.Linear(32, 8), nn.Linear(16, 32)
+        self.norm, self.prototypes = nn.BatchNorm1d(8), nn.Linear(8, 20, bias=False)
+        self.embed, self.finish = embed, finish
+
+    def forward(self, x: Tensor) -> Any:
+        return self.finish(self, self.embed(self, x))
 
 
 def rates(mean: Tensor, std: Tensor | float = 0.1) -> Tensor:

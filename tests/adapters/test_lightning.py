@@ -10,12 +10,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hosts import LIGHTNINGS, PACKAGES, QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -23,19 +23,12 @@ from climb_plugin import ClimbLoss, GaussianHead
 from climb_plugin.adapters.lightning import ClimbCallback
 from climb_plugin.schedule import Linear, Schedule, TargetRate
 
-PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
-INSTALLED = [module for package, module in PACKAGES.items() if find_spec(package) is not None]
 TERMS = ("climb_rate", "climb_entropy", "climb_beta", "climb_base_loss")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:(lightning|pytorch_lightning)"),
     pytest.mark.filterwarnings("ignore:.*(GPU|does not have many workers|no `val_dataloader`)"),
 ]
-
-
-@pytest.fixture(params=INSTALLED)
-def pl(request: pytest.FixtureRequest) -> Any:
-    return import_module(request.param)
 
 
 class Views(Dataset[tuple[Tensor, Tensor]]):
@@ -110,17 +103,19 @@ def make(
 
 def trainer(pl: Any, folder: Path, **options: Any) -> Any:
     defaults: dict[str, Any] = {
+        **QUIET,
         "max_epochs": 1,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
         "default_root_dir": folder,
         "callbacks": [ClimbCallback()],
     }
     return pl.Trainer(**{**defaults, **options})
+
+
+def fitted(pl: Any, folder: Path, model: Any, **options: Any) -> Any:
+    """The trainer, after a training."""
+    fit = trainer(pl, folder, **options)
+    fit.fit(model, data())
+    return fit
 
 
 def means(seen: list[Any]) -> dict[str, Tensor]:
@@ -182,61 +177,11 @@ def test_however_the_loss_is_called(pl: Any, tmp_path: Path, how: str) -> None:
     assert_logged(fit, model.seen)
 
 
-def test_a_lightly_module_with_a_teacher(pl: Any, tmp_path: Path) -> None:
-    pytest.importorskip("lightly")
-    from lightly.loss import DINOLoss
-    from lightly.models.modules import DINOProjectionHead
-    from lightly.models.utils import deactivate_requires_grad, update_momentum
-
-    from climb_plugin.adapters.lightly import wrap
-
-    class DINO(pl.LightningModule):  # type: ignore[misc, name-defined]
-        """As in lightly's benchmarks: the teacher is updated in the step, the epoch is passed."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.head = DINOProjectionHead(6, 8, 4, 16, batch_norm=True)
-            self.teacher = DINOProjectionHead(6, 8, 4, 16, batch_norm=True)
-            self.teacher.load_state_dict(self.head.state_dict())
-            deactivate_requires_grad(self.teacher)
-            self.criterion = wrap(
-                DINOLoss(16), student=self.head, teacher=self.teacher, beta=Linear(0.1, warmup=0.5)
-            )
-            self.seen: list[Any] = []
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            update_momentum(self.head, self.teacher, 0.9)
-            with torch.no_grad():
-                teacher_out = [self.teacher(view) for view in batch]
-            loss = self.criterion(
-                teacher_out, [self.head(view) for view in batch], epoch=self.current_epoch
-            )
-            self.seen.append(self.criterion.terms)
-            return loss
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.head.parameters(), lr=0.05)
-
-    model = DINO()
-    fit = trainer(pl, tmp_path, max_epochs=2)
-    fit.fit(model, data())
-    assert betas(model) == pytest.approx([min(0.1, 0.1 * step / 6) for step in range(12)])
-    assert_logged(fit, model.seen[6:])
-    (head,) = model.criterion.heads
-    assert head.logvar.weight.abs().sum() > 0
-    follower = model.teacher.get_parameter(
-        next(name for name, p in model.head.named_parameters() if p is head.logvar.weight)
-    )
-    assert 0 < follower.abs().sum() < head.logvar.weight.abs().sum()
-
-
 def test_a_fraction_is_laid_over_the_optimiser_steps(
     pl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make(pl, Linear(0.1, warmup=1 / 3))
-    fit = trainer(pl, tmp_path, max_epochs=4, accumulate_grad_batches=2)
-    fit.fit(model, data())
+    fit = fitted(pl, tmp_path, model, max_epochs=4, accumulate_grad_batches=2)
     assert fit.global_step == 12
     steps = [batch // 2 for batch in range(24)]
     assert betas(model) == pytest.approx([min(0.1, 0.1 * step / 4) for step in steps])
@@ -249,9 +194,9 @@ def test_a_fraction_is_laid_over_the_optimiser_steps(
 
 def test_another_fit_lays_it_anew(pl: Any, tmp_path: Path) -> None:
     model = make(pl, Linear(0.1, warmup=0.5))
-    trainer(pl, tmp_path).fit(model, data())
+    fitted(pl, tmp_path, model)
     model.seen.clear()
-    trainer(pl, tmp_path, max_epochs=2).fit(model, data())
+    fitted(pl, tmp_path, model, max_epochs=2)
     assert betas(model)[:7] == pytest.approx([0.1 * step / 6 for step in range(7)])
 
 
@@ -260,7 +205,7 @@ def test_another_fit_lays_it_anew(pl: Any, tmp_path: Path) -> None:
 )
 def test_what_is_in_steps_stays(pl: Any, tmp_path: Path, ramp: Linear) -> None:
     model = make(pl, ramp)
-    trainer(pl, tmp_path).fit(model, data())
+    fitted(pl, tmp_path, model)
     assert model.criterion.schedule is ramp
     assert betas(model) == pytest.approx([0.1 * step / 40 for step in range(6)])
 
@@ -285,8 +230,7 @@ def test_resuming_goes_on(pl: Any, tmp_path: Path, accumulate: int) -> None:
             trainer.should_stop = trainer.current_epoch == 1
 
     first = make(pl, Linear(0.1, warmup=0.9))
-    fit = trainer(pl, tmp_path, callbacks=[ClimbCallback(), Stop()], **options)
-    fit.fit(first, data())
+    fit = fitted(pl, tmp_path, first, callbacks=[ClimbCallback(), Stop()], **options)
     assert len(first.seen) == 12
     fit.save_checkpoint(tmp_path / "half.ckpt")
     saved = torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"]._metadata
@@ -325,26 +269,21 @@ def saved_with(pl: Any, folder: Path, *names: str) -> str:
     return str(folder / "half.ckpt")
 
 
-def test_the_state_of_a_loss_that_is_gone_is_an_error(pl: Any, tmp_path: Path) -> None:
-    checkpoint = saved_with(pl, tmp_path, "old", "same")
-    renamed = make(pl, TargetRate(3.0, beta=0.01), build=hidden_at("new", "same"))
-    with pytest.raises(
-        ValueError, match=r"ClimbLoss at hidden\.old, where .* are at hidden\.new, hidden\.same"
-    ):
-        trainer(pl, tmp_path, max_epochs=3).fit(renamed, data(), ckpt_path=checkpoint)
-    assert not renamed.seen
-
-
-def test_the_state_of_a_loss_that_is_gone_warns_where_loading_is_not_strict(
+def test_the_state_of_a_loss_that_is_gone_is_an_error_or_a_warning_if_loading_is_not_strict(
     pl: Any, tmp_path: Path
 ) -> None:
     checkpoint = saved_with(pl, tmp_path, "old", "same")
-    reduced = make(pl, TargetRate(3.0, beta=0.01), build=hidden_at("same"))
-    reduced.strict_loading = False
+    model = make(pl, TargetRate(3.0, beta=0.01), build=hidden_at("new", "same"))
+    message = r"ClimbLoss at hidden\.old, where .* are at hidden\.new, hidden\.same"
+    with pytest.raises(ValueError, match=message):
+        trainer(pl, tmp_path, max_epochs=3).fit(model, data(), ckpt_path=checkpoint)
+    assert not model.seen
+    model = make(pl, TargetRate(3.0, beta=0.01), build=hidden_at("same"))
+    model.strict_loading = False
     with pytest.warns(UserWarning, match=r"ClimbLoss at hidden\.old, where"):
-        trainer(pl, tmp_path, max_epochs=3).fit(reduced, data(), ckpt_path=checkpoint)
-    assert len(reduced.seen) == 6
-    assert betas(reduced)[0] != 0.01  # the state of the other was taken
+        trainer(pl, tmp_path, max_epochs=3).fit(model, data(), ckpt_path=checkpoint)
+    assert len(model.seen) == 6
+    assert betas(model)[0] != 0.01  # the state of the other was taken
 
 
 def test_a_loss_is_added_to_a_resumed_training(pl: Any, tmp_path: Path) -> None:
@@ -375,24 +314,11 @@ def test_several_losses_have_names_of_their_own(pl: Any, tmp_path: Path) -> None
         model.loss_of = lambda *views: model.criterion(*views) + other(*views)
 
     model = make(pl, 0.1, build=two)
-    fit = trainer(pl, tmp_path)
-    fit.fit(model, data())
+    fit = fitted(pl, tmp_path, model)
     names = {f"{term}_{path}" for term in TERMS for path in ("criterion", "again")}
     shown = {f"climb_rate_step_{path}" for path in ("criterion", "again")}
     assert {name for name in fit.callback_metrics if "climb" in name} == names | shown
     assert float(fit.callback_metrics["climb_beta_again"]) == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize("kind", [tuple, list, lambda items: dict(enumerate(items))])
-def test_a_loss_in_a_plain_container(pl: Any, tmp_path: Path, kind: Callable[..., Any]) -> None:
-    def hidden(model: Any, beta: float | Schedule) -> None:
-        loss = ClimbLoss(base, heads=model.head, beta=beta)
-        model.hidden = kind([loss])
-        model.loss_of = lambda *views: loss(*views)
-
-    fit = trainer(pl, tmp_path)
-    fit.fit(make(pl, 0.1, build=hidden), data())
-    assert set(TERMS) <= set(fit.callback_metrics)
 
 
 def test_a_module_without_a_loss_is_refused(pl: Any, tmp_path: Path) -> None:
@@ -400,7 +326,7 @@ def test_a_module_without_a_loss_is_refused(pl: Any, tmp_path: Path) -> None:
         model.criterion = base
 
     with pytest.raises(ValueError, match="finds no ClimbLoss in Model: make it an attribute"):
-        trainer(pl, tmp_path).fit(make(pl, 0.1, build=plain), data())
+        fitted(pl, tmp_path, make(pl, 0.1, build=plain))
 
 
 def test_a_loss_that_no_step_calls_is_named(pl: Any, tmp_path: Path) -> None:
@@ -409,7 +335,7 @@ def test_a_loss_that_no_step_calls_is_named(pl: Any, tmp_path: Path) -> None:
         model.loss_of = base
 
     with pytest.warns(UserWarning, match="no training step has called idle"):
-        trainer(pl, tmp_path).fit(make(pl, 0.1, build=idle), data())
+        fitted(pl, tmp_path, make(pl, 0.1, build=idle))
 
 
 def test_beta_zero_is_said_to_be_off(
@@ -418,8 +344,7 @@ def test_beta_zero_is_said_to_be_off(
     def off(model: Any, beta: float | Schedule) -> None:
         model.criterion = ClimbLoss(base, heads=(), beta=beta)
 
-    fit = trainer(pl, tmp_path)
-    fit.fit(make(pl, 0.0, build=off), data())
+    fit = fitted(pl, tmp_path, make(pl, 0.0, build=off))
     assert "CLIMB: criterion is off" in capsys.readouterr().out
     assert set(TERMS) & set(fit.callback_metrics) == {"climb_beta", "climb_base_loss"}
 
@@ -431,7 +356,7 @@ def test_an_exception_leaves_no_hook(pl: Any, tmp_path: Path) -> None:
 
     model = make(pl, 0.1, build=broken)
     with pytest.raises(ZeroDivisionError):
-        trainer(pl, tmp_path).fit(model, data())
+        fitted(pl, tmp_path, model)
     assert not model.criterion.climb.observers
 
 
@@ -519,8 +444,7 @@ def test_a_base_loss_whose_names_clash(
         model.loss_of = lambda *views: (loss(*views), model.seen.append(loss.climb.terms))[0]
 
     model = make(pl, ramp, build=clashing)
-    fit = trainer(pl, tmp_path)
-    fit.fit(model, data())
+    fit = fitted(pl, tmp_path, model)
     fit.save_checkpoint(tmp_path / "clash.ckpt")
     assert_logged(fit, model.seen)
     assert "alpha 0.2, prior standard" in capsys.readouterr().out
@@ -565,8 +489,7 @@ def test_manual_optimisation_has_the_beta_of_its_step(pl: Any, tmp_path: Path, k
         per_step.append({round(beta, 9) for beta in betas(model)[first:]})
 
     model.configure_optimizers, model.training_step = optimizers, training_step
-    fit = trainer(pl, tmp_path)
-    fit.fit(model, data())
+    fit = fitted(pl, tmp_path, model)
     assert per_step == [{round(0.01 * step, 9)} for step in range(6)]
     assert len(model.seen) >= 12
     if kind != "lbfgs":  # whose steps have as many calls as they need
@@ -576,8 +499,7 @@ def test_manual_optimisation_has_the_beta_of_its_step(pl: Any, tmp_path: Path, k
 def test_lbfgs_in_automatic_optimisation(pl: Any, tmp_path: Path) -> None:
     model = make(pl, Linear(0.1, warmup=0.5))
     model.configure_optimizers = lambda: torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
-    fit = trainer(pl, tmp_path)
-    fit.fit(model, data())
+    fit = fitted(pl, tmp_path, model)
     assert model.criterion.step == fit.global_step == 6
     assert sorted(set(betas(model))) == pytest.approx([0.1 * step / 3 for step in range(4)])
 
@@ -786,7 +708,7 @@ def test_a_missing_host_is_an_import_error() -> None:
     assert "pip install 'lightning>=2'" in run.stderr
 
 
-@pytest.mark.parametrize("present", INSTALLED)
+@pytest.mark.parametrize("present", LIGHTNINGS)
 def test_one_host_is_enough(present: str) -> None:
     (absent,) = set(PACKAGES) - {present.split(".")[0]}
     code = (
@@ -851,7 +773,7 @@ def distributed(rank: int, port: str, folder: str, package: str) -> None:
     os._exit(0)  # gloo aborts at a usual exit at times, or hangs (torch 2.4)
 
 
-@pytest.mark.parametrize("package", INSTALLED)
+@pytest.mark.parametrize("package", LIGHTNINGS)
 def test_two_processes(tmp_path: Path, package: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -861,6 +783,7 @@ def test_two_processes(tmp_path: Path, package: str) -> None:
             [sys.executable, __file__, str(rank), port, str(tmp_path), package],
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         for rank in range(2)
     ]

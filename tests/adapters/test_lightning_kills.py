@@ -8,20 +8,18 @@ import os
 import tempfile
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import kills
 import pytest
 import torch
+from hosts import LIGHTNINGS, QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 pytest.importorskip("lightly")
 
-PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
-INSTALLED = [module for package, module in PACKAGES.items() if find_spec(package) is not None]
 EPOCHS, STEPS, BATCH = 6, 5, 8
 
 
@@ -104,7 +102,7 @@ def prepare() -> None:
     import lightly.loss
     import lightly.models.modules  # noqa: F401
 
-    for package in INSTALLED:
+    for package in LIGHTNINGS:
         import_module(package)
 
 
@@ -128,13 +126,9 @@ def run(
     keep = callbacks.ModelCheckpoint(str(folder), save_last=True, save_top_k=-1)
     trainer = pl.Trainer(
         max_epochs=EPOCHS,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
         default_root_dir=folder,
         callbacks=[ClimbCallback(), keep],
+        **{**QUIET, "enable_checkpointing": True},
     )
     images = torch.randn(STEPS * BATCH, 6, generator=torch.Generator().manual_seed(0))
     # With a generator of its own it takes none of the random numbers seeded above: Lightning asks
@@ -177,7 +171,7 @@ def runs() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("package", "setting"), list(zip(INSTALLED, ("target", "warmup"), strict=False))
+    ("package", "setting"), list(zip(LIGHTNINGS, ("target", "warmup"), strict=False))
 )
 def test_killed_at_any_moment_it_ends_the_same(
     runs: Any, tmp_path: Path, package: str, setting: str
@@ -193,7 +187,7 @@ def test_killed_at_any_moment_it_ends_the_same(
     assert len(lines) == kills.KILLS + 2
 
 
-@pytest.mark.parametrize("package", INSTALLED)
+@pytest.mark.parametrize("package", LIGHTNINGS)
 def test_a_truncated_checkpoint_is_refused(runs: Any, tmp_path: Path, package: str) -> None:
     """By torch, before anything is trained or written; its words depend on where it is cut."""
     options = {"package": package, "setting": "warmup"}

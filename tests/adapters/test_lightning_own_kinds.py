@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from by_path import load
+from hosts import QUIET
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,18 +16,12 @@ from climb_plugin import wrap
 from climb_plugin.adapters.lightning import ClimbCallback
 
 kinds = load(Path(__file__).parents[1] / "test_own_kinds.py")
-PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
 EPOCHS, BATCHES = 4, 3
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:(lightning|pytorch_lightning)"),
     pytest.mark.filterwarnings("ignore:.*(GPU|does not have many workers)"),
 ]
-
-
-@pytest.fixture(params=[module for name, module in PACKAGES.items() if find_spec(name)])
-def pl(request: pytest.FixtureRequest) -> Any:
-    return import_module(request.param)
 
 
 def model(pl: Any) -> Any:
@@ -63,11 +56,7 @@ def fit(pl: Any, trained: Any, folder: Path, *, epochs: int, checkpoint: Path | 
         limit_train_batches=BATCHES,
         callbacks=[ClimbCallback()],
         default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
+        **QUIET,
     )
     if epochs < EPOCHS:  # killed, in a training that is to be longer
         trained.on_train_epoch_end = lambda: setattr(
