@@ -257,19 +257,6 @@ class TestStateIsFloatingPointParameters:
         rows = torch.randn(6, 16)
         assert torch.equal(teacher(rows), teacher.eval()(rows))
 
-    def test_an_average_in_place_over_the_state_dict(self) -> None:
-        student = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), GaussianHead(16))
-        teacher = copy.deepcopy(student).requires_grad_(False)
-        with torch.no_grad():
-            for parameter in student.parameters():
-                parameter.add_(1.0)
-            new = student.state_dict()
-            before = copy.deepcopy(teacher.state_dict())
-            for key, value in teacher.state_dict().items():
-                value.mul_(0.9).add_(new[key], alpha=0.1)
-        for key, value in teacher.state_dict().items():
-            torch.testing.assert_close(value, 0.9 * before[key] + 0.1 * new[key])
-
 
 class TestTheHostIsTakenApartAfterwards:
     """The head still acts on what the module gives, or the next step says what was lost."""

@@ -57,12 +57,6 @@ def test_bits() -> None:
 
 
 class TestSignalToNoise:
-    def test_of_a_known_gaussian(self) -> None:
-        spread, noise = torch.tensor([0.0, 0.5, 3.0]), torch.tensor([0.1, 2.0, 1.5])
-        mean = 7 + spread * normal(20_000, 3)
-        ratio = signal_to_noise(mean, (2 * noise.log()).expand_as(mean))
-        torch.testing.assert_close(ratio, (spread / noise) ** 2, rtol=0.03, atol=0.0)
-
     def test_equals_numpy(self) -> None:
         mean, logvar = normal(2, 16, 5, dtype=torch.float64)
         expected = mean.numpy().var(axis=0) / np.exp(logvar.numpy()).mean(axis=0)
@@ -111,17 +105,10 @@ class TestEffectiveRank:
 
 
 class TestNormalizedStd:
-    def test_is_1_for_an_isotropic_gaussian(self) -> None:
-        assert normalized_std(5 * normal(2000, 64)).item() == pytest.approx(1, abs=0.01)
-
     def test_is_0_for_a_constant_embedding(self) -> None:
         assert normalized_std(normal(1, 16).expand(32, 16)) == 0
         assert normalized_std(torch.zeros(4, 16)) == 0
         assert normalized_std(normal(1, 16)) == 0
-
-    def test_is_small_near_a_constant(self) -> None:
-        embedding = 10 + 1e-3 * normal(500, 16)
-        assert normalized_std(embedding).item() == pytest.approx(1e-4, rel=0.1)
 
     def test_only_directions_count(self) -> None:
         directions = normal(64, 8)

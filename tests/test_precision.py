@@ -433,42 +433,9 @@ class TestLayouts:
         loss(head(view))
         assert_terms(loss, Reference(head, loss, view))
 
-    @pytest.mark.parametrize("tokens", [False, True])
-    def test_a_network_in_channels_last(self, tokens: bool, device: torch.device) -> None:
-        results = []
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            torch.manual_seed(0)
-            head, loss = make(device=device)
-            net = nn.Conv2d(3, 16, 3).to(device=device, memory_format=memory_format)
-            images = normal(4, 3, 6, 6).to(device).contiguous(memory_format=memory_format)
-            features = net(images).flatten(2).transpose(1, 2)
-            embedding = features if tokens else features.mean(1)
-            loss(head(embedding)).backward()
-            assert_terms(loss, Reference(head, loss, embedding))
-            results.append([*loss.terms, net.weight.grad])
-        for plain, other in zip(*results, strict=True):
-            torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-6)
-
 
 class TestSizesOfBatches:
-    @pytest.mark.parametrize("prior", PRIORS)
-    @pytest.mark.parametrize("shape", [(1, 16), (1, 1, 16), (1, 5, 16)])
-    def test_batch_of_one(self, shape: tuple[int, ...], prior: str, device: torch.device) -> None:
-        head, loss = make(device=device, prior=prior, alpha=1.0)
-        views = [normal(*shape, seed=s).to(device) for s in range(2)]
-        loss(*[head(view) for view in views]).backward()
-        assert_terms(loss, Reference(head, loss, *views))
-        assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.grad is not None)
-
-    @pytest.mark.parametrize("prior", PRIORS)
-    def test_a_short_last_batch(self, prior: str, device: torch.device) -> None:
-        head, loss = make(device=device, prior=prior)
-        for epoch in range(2):
-            for step, size in enumerate((8, 8, 3)):
-                views = [normal(size, 16, seed=step + s).to(device) for s in range(2)]
-                loss(*[head(view) for view in views]).backward()
-                assert_terms(loss, Reference(head, loss, *views))
-            assert loss.step == 3 * (epoch + 1)
+    """Of one row, and of another size at each step: test_fuzz.py."""
 
     @pytest.mark.parametrize("shape", [(0, 16), (0, 5, 16), (4, 0, 16)])
     def test_an_empty_batch_says_nothing(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 from toys import mlp, rates
 
 from climb_plugin import ClimbLoss, GaussianHead, wrap
@@ -173,25 +173,6 @@ def test_what_was_trained_may_be_frozen_later(towers: int) -> None:
     assert loss.terms.rate.isnan() == (towers == 1)
 
 
-def test_a_linear_probe_in_train_mode_sees_means() -> None:
-    def probe(backbone: nn.Module) -> list[float]:
-        torch.manual_seed(1)
-        backbone.requires_grad_(False)
-        model = nn.Sequential(backbone, nn.Linear(8, 4)).train()
-        optimizer = torch.optim.SGD(model[1].parameters(), lr=1.0)
-        losses = []
-        for _ in range(3):
-            value = F.cross_entropy(model(torch.randn(64, 16)), torch.randint(0, 4, (64,)))
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            losses.append(value.item())
-        return losses
-
-    encoder = nn.Linear(16, 8)
-    assert probe(nn.Sequential(encoder, GaussianHead(8))) == probe(nn.Sequential(encoder))
-
-
 def test_update_bn_sees_means() -> None:
     encoder, norm = nn.Linear(16, 8), nn.BatchNorm1d(8)
     plain = copy.deepcopy(nn.Sequential(encoder, norm))
@@ -200,16 +181,6 @@ def test_update_bn_sees_means() -> None:
     update_bn(loader, model)
     update_bn(loader, plain)
     torch.testing.assert_close(norm.running_var, plain[1].running_var)
-
-
-def test_an_averaged_model_in_train_mode_is_a_teacher() -> None:
-    body = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32))
-    average = get_ema_multi_avg_fn(0.99)
-    teacher = AveragedModel(nn.Sequential(body, GaussianHead(32)), multi_avg_fn=average).train()
-    plain = AveragedModel(body, multi_avg_fn=average).train()
-    rows = torch.randn(64, 16)
-    with torch.no_grad():
-        assert torch.equal(teacher(rows), plain(rows))
 
 
 @pytest.mark.parametrize("when", ["before", "after", "again"])

@@ -399,18 +399,6 @@ class TestOneStepOfMany:
 
         assert self.betas(loop) == [0, 0, 1, 1, 2, 2]
 
-    @pytest.mark.parametrize("by_hand", [False, True])
-    def test_lbfgs(self, by_hand: bool) -> None:
-        student = make_student()
-        loss = wrap(square, student=student, beta=Linear(1.0, warmup=100))
-        optimizer = optim.LBFGS(student.parameters(), lr=0.1, max_iter=5)
-        for step in range(3):
-            if by_hand:
-                loss.set_step(step)
-            (calls,) = train(student, loss, optimizer, steps=1)
-            assert len(calls) > 1
-            assert set(calls) == {step / 100}
-
     def test_several_optimisers_of_one_iteration(self) -> None:
         def loop(student: nn.Module, loss: ClimbLoss, seen: list[float]) -> None:
             named = list(student.named_parameters())

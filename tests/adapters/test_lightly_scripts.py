@@ -482,20 +482,6 @@ def test_the_teacher_passes_on_the_mean_and_the_student_a_sample(script: Script,
     assert seen == {"student": calls[0] * [False], "teacher": calls[1] * [True]}
 
 
-@pytest.mark.parametrize("script", [dino, simclr, byol, msn])
-def test_a_learned_prior_gets_gradients_too(script: Script) -> None:
-    with pytest.warns(UserWarning, match=r"add list\(loss\.parameters\(\)\) to the optimiser"):
-        steps = list(run(script, climb(prior="learned"), 3))
-    criterion, student = steps[-1].criterion, steps[-1].student
-    prior = list(criterion.parameters())
-    assert [p.shape for p in prior] == 2 * [(gaussian(student).out_features,)]
-    for parameter in prior:
-        assert parameter.grad is not None
-        assert torch.isfinite(parameter.grad).all()
-        assert parameter.grad.any()
-    assert all(torch.isfinite(step.loss) for step in steps)
-
-
 ONE_VIEW = r"saw one forward call of the head, of shape \(8, 12\).* wrap a function that takes"
 
 
