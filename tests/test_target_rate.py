@@ -1,5 +1,6 @@
 import copy
 import gc
+import io
 import math
 import warnings
 from typing import Any
@@ -21,22 +22,34 @@ def info_nce(one: Tensor, two: Tensor) -> Tensor:
 class Run:
     """A training of which views share 16 numbers, each with noise of its own."""
 
-    def __init__(self, target: TargetRate) -> None:
+    def __init__(self, target: TargetRate, calls: int = 1) -> None:
         torch.manual_seed(0)
         self.head = GaussianHead(32, 16)
         self.model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), self.head)
         self.loss = ClimbLoss(info_nce, heads=self.head, beta=target)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=3e-3)
         self.data = torch.Generator().manual_seed(1)
+        self.calls = calls
 
     def step(self) -> tuple[float, float]:
         shared, *noise = torch.randn(3, 64, 16, generator=self.data)
         one, two = (self.model(shared + 0.3 * own) for own in noise)
-        total = self.loss(one, two)
+        total = torch.stack([self.loss(one, two) for _ in range(self.calls)]).mean()
         self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
         return float(self.loss.terms.rate), float(self.loss.terms.beta)
+
+    def state(self) -> dict[str, Any]:
+        parts = {"model": self.model, "loss": self.loss, "optimizer": self.optimizer}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        return {**states, "data": self.data.get_state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.data.set_state(state["data"])
 
 
 @pytest.mark.parametrize("beta", [1e-5, 1e-1])
@@ -49,6 +62,21 @@ def test_the_rate_arrives_and_stays(beta: float) -> None:
         seen.append(smoothed)
     assert not 7.6 < seen[0] < 8.4
     assert all(7.6 < rate < 8.4 for rate in seen[-500:])
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_resumed_run_goes_on_to_the_same_numbers(calls: int) -> None:
+    run = Run(TargetRate(8.0), calls)
+    for _ in range(5):
+        run.step()
+    file = io.BytesIO()
+    torch.save(run.state(), file)
+    rest = [run.step() for _ in range(5)]
+    file.seek(0)
+    resumed = Run(TargetRate(8.0), calls)
+    resumed.load(torch.load(file, weights_only=True))
+    assert [resumed.step() for _ in range(5)] == rest
+    assert len({beta for _, beta in rest}) == 5
 
 
 def test_another_target_on_resume_is_warned_of() -> None:
