@@ -2,7 +2,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: test bench demo notebooks docs matrix dist clean
+.PHONY: test bench gpu demo notebooks docs matrix dist clean
 
 # Installed, not in place: the tests and mypy see what a user of the wheel sees. mypy runs in
 # tests, because in the root it would find the core there, without adapters. Adapters whose host
@@ -20,6 +20,17 @@ test: .venv/test
 bench: .venv/bench
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	$(BIN)/pytest --quiet --show-capture=no tests/benchmarks
+
+# The stages of examples/GPU.md. With --wheels in ARGS there is no network: the Python at hand is
+# taken as it is, and the wheels lie where the stages find them.
+ifeq (,$(findstring --wheels,$(ARGS)))
+gpu: .venv/gpu
+	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+	$(BIN)/python examples/gpu_queue.py $(ARGS)
+else
+gpu:
+	$(PYTHON) examples/gpu_queue.py $(ARGS)
+endif
 
 demo: .venv/demo
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
@@ -57,6 +68,11 @@ dist: .venv/dist
 .venv/bench: pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet '.[bench]'
+	touch $@
+
+.venv/gpu: pyproject.toml setup.cfg
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet '.[gpu]'
 	touch $@
 
 .venv/demo: pyproject.toml setup.cfg

@@ -1,7 +1,8 @@
 """Hosts and devices are asked for by name: one that is missing then is an error, not a skip.
 
 Of hosts by CLIMB_TEST_HOSTS=lightly,lightning,solo_learn,onnx, of devices by
-CLIMB_TEST_DEVICES=cuda. A host that CLIMB_TEST_WITHOUT names must not be importable.
+CLIMB_TEST_DEVICES=cuda. A host that CLIMB_TEST_WITHOUT names must not be importable. What needs a
+GPU is marked: pytest -m cuda.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ hypothesis.settings.load_profile("climb")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a GPU; left out, with a reason, without one")
     missing = [name for name in asked("CLIMB_TEST_HOSTS", list(HOSTS)) if not importable(name)]
     if missing:
         raise pytest.UsageError(f"CLIMB_TEST_HOSTS asks for {missing}, which cannot be imported.")
@@ -45,6 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
     present = [name for name in asked("CLIMB_TEST_WITHOUT", list(HOSTS)) if importable(name)]
     if present:
         raise pytest.UsageError(f"CLIMB_TEST_WITHOUT excludes {present}, which can be imported.")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not available("cuda"):
+        pytest.skip(f"CUDA is not available for {item.name}")
 
 
 def pytest_report_header() -> list[str]:
@@ -89,7 +96,11 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[name for name in DEVICES if available(name)])
+def marked(device: str) -> object:
+    return pytest.param(device, marks=[pytest.mark.cuda] if device == "cuda" else [])
+
+
+@pytest.fixture(params=[marked(name) for name in DEVICES if available(name)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device of this machine."""
     return torch.device(request.param)

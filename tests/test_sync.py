@@ -46,7 +46,8 @@ def training_step(device: torch.device, **options: Any) -> Callable[[], None]:
     torch.manual_seed(0)
     head = GaussianHead(8).to(device)
     loss = ClimbLoss(lambda *views: sum(v.square().mean() for v in views), heads=head, **options)
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    loss.to(device)
+    optimizer = torch.optim.SGD([*head.parameters(), *loss.parameters()], lr=0.1)
     views = [torch.randn(4, 8, device=device) for _ in range(2)]
 
     def step() -> None:
@@ -59,8 +60,16 @@ def training_step(device: torch.device, **options: Any) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"alpha": 1.0}, {"prior": "view"}, {"free_nats": 1.0}, {"beta": TargetRate(1.0)}],
-    ids=["default", "alpha", "view", "free_nats", "target_rate"],
+    [
+        {},
+        {"alpha": 1.0},
+        {"prior": "view"},
+        {"prior": "learned"},
+        {"prior": "backward"},
+        {"free_nats": 1.0},
+        {"beta": TargetRate(1.0)},
+    ],
+    ids=["default", "alpha", "view", "learned", "backward", "free_nats", "target_rate"],
 )
 def test_no_synchronisation_in_a_step(
     device: torch.device, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

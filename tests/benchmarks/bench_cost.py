@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from measure import alternate
-from report import DEVICES, Report
+from report import DEVICES, Report, sized
 from table import milliseconds
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from climb_plugin import ClimbLoss, GaussianHead
 
 BATCH = 128
-ROUNDS = 30
+ROUNDS = sized(30, 2)
 # (views, dimension, ranks); one of the three varies.
 CASES = [(2, 256, 1), (4, 256, 1), (8, 256, 1), (2, 64, 1), (2, 1024, 1), (2, 2048, 1)]
 CASES += [(2, 256, 2)]
+CASES = sized(CASES, [(2, 8, 1)])
 
 
 def pull(*views: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from measure import alternate
-from report import DEVICES, Report
+from report import BACKEND, DEVICES, Report, sized
 from table import milliseconds
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from climb_plugin import gaussian
 
-ROUNDS = {(256, 256): 100, (1024, 2048): 20, (8192, 2048): 7}
+ROUNDS = sized({(256, 256): 100, (1024, 2048): 20, (8192, 2048): 7}, {(4, 8): 2})
 # Forward: mean and logvar in, sample and what is saved for it out. Backward: the gradient of the
 # sample and the three saved tensors in, two gradients out. A copy moves two.
 TENSORS_MOVED = 10
@@ -63,8 +63,15 @@ def bench_sample_and_terms(
         mean.grad = logvar.grad = None
 
     # Both kinds of noise: inductor's own is slow on a CPU, where it is not vectorised.
-    compiled = torch.compile(climb_operation, dynamic=False, options={"fallback_random": True})
-    own_noise = torch.compile(climb_operation, dynamic=False, options={"fallback_random": False})
+    compiled, own_noise = (
+        torch.compile(
+            climb_operation,
+            dynamic=False,
+            backend=BACKEND,
+            options=sized({"fallback_random": fallback}, None),
+        )
+        for fallback in (True, False)
+    )
     times = {
         name: clocks.wall
         for name, clocks in alternate(

@@ -13,7 +13,7 @@ from lightly.loss import DINOLoss
 from lightly.models.modules import DINOProjectionHead
 from lightly.models.utils import update_momentum
 from measure import alternate, peak_bytes
-from report import Report
+from report import Report, sized
 from table import milliseconds
 from torch import Tensor, nn
 
@@ -64,7 +64,10 @@ class Dino(nn.Module):
 
 CASES: dict[str, dict[str, Any]] = {
     # torchvision's own stem: one with stride 1 makes the backbone, not CLIMB, dearer.
-    "cpu": {"backbone": "resnet18", "batch": 128, "sizes": [32] * 2, "large": 2, "rounds": 15},
+    "cpu": sized(
+        {"backbone": "resnet18", "batch": 128, "sizes": [32] * 2, "large": 2, "rounds": 15},
+        {"backbone": "resnet18", "batch": 8, "sizes": [32] * 3, "large": 2, "rounds": 1},
+    ),
     "cuda": {
         "backbone": "resnet50",
         "batch": 64,

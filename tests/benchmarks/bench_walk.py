@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from measure import alternate
-from report import DEVICES, Report
+from report import BACKEND, DEVICES, Report, sized
 from table import milliseconds
 from torch import Tensor, nn
 from torchvision.models import resnet50
@@ -17,7 +17,7 @@ from torchvision.models import resnet50
 from climb_plugin import ClimbLoss, GaussianHead
 from climb_plugin._graph.walk import _search, samples_behind
 
-ROUNDS = 30
+ROUNDS = sized(30, 2)
 KEPT = 20
 
 
@@ -100,7 +100,7 @@ def bench_kept_losses(benchmark: Any, report: Report) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("width", [256, 2048])
+@pytest.mark.parametrize("width", sized([256, 2048], [8]))
 def bench_break(benchmark: Any, report: Report, width: int, device: str) -> None:
     """A compiled step with a head, which breaks the graph once, against one without any break."""
     report.need(device, f"the graph break, width {width}")
@@ -114,7 +114,7 @@ def bench_break(benchmark: Any, report: Report, width: int, device: str) -> None
     def net(end: nn.Module) -> Callable[[], None]:
         layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
         model = nn.Sequential(layers, end, nn.Linear(width, width)).to(device)
-        compiled = torch.compile(model)
+        compiled = torch.compile(model, backend=BACKEND)
 
         def step() -> None:
             model.zero_grad()

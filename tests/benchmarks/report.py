@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from typing import TypeVar
+
 import pytest
 import torch
 
 DEVICES = ["cpu", "cuda"]
+# Every row in a second or so, to see that the code runs: the figures mean nothing.
+TOY = bool(os.environ.get("CLIMB_BENCH_TOY"))
+BACKEND = "aot_eager" if TOY else "inductor"
 TABLES: dict[str, tuple[list[str], list[list[str]]]] = {}
 NOT_RUN: list[str] = []
+
+
+Size = TypeVar("Size")
+
+
+def sized(full: Size, toy: Size) -> Size:
+    """The second where CLIMB_BENCH_TOY is set."""
+    return toy if TOY else full
 
 
 class Report:

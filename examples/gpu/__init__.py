@@ -1,0 +1,1 @@
+"""The parts of examples/gpu_queue.py."""
