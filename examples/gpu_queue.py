@@ -80,7 +80,14 @@ def plan(args: argparse.Namespace, folders: Folders) -> list[Stage]:
         if not data.exists():
             toy.write_images(data)
         sweep.write_text(toy.first_lines(SWEEP, 4))
-    return stages(dry_run=args.dry_run, data=data, runs=folders.runs, sweep=sweep, jobs=args.jobs)
+    return stages(
+        dry_run=args.dry_run,
+        data=data,
+        runs=folders.runs,
+        sweep=sweep,
+        jobs=args.jobs,
+        epochs=args.epochs,
+    )
 
 
 def listed(versions: dict[str, str]) -> str:
@@ -114,7 +121,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", type=names, default=[], help="names of stages: a,b")
     parser.add_argument("--again", type=names, default=[], help="run these although done")
-    parser.add_argument("--jobs", type=int, default=2, help="runs of the study at once")
+    parser.add_argument("--jobs", type=int, default=3, help="runs of the study at once")
+    parser.add_argument("--epochs", type=int, default=100, help="of each run of the study")
     parser.add_argument("--time-limit", type=float, default=540, help="seconds of this call")
     parser.add_argument("--revision", default="", help="of the code, where git does not tell")
     return parser

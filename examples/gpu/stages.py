@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Stage:
         measures: One line for the reader.
         command: Program and arguments; ``SECONDS`` in an argument becomes a number.
         folder: The working directory of the command.
-        limit: Seconds after which the stage is ended.
+        limit: Seconds after which the stage is ended; infinite where the work goes on later.
         least: Seconds without which the stage is not begun.
         modules: Python modules that the command imports.
         environment: Variables beside those of the queue.
@@ -57,7 +58,9 @@ class Stage:
         return [word.replace(SECONDS, left) for word in self.command]
 
 
-def stages(*, dry_run: bool, data: Path, runs: Path, sweep: Path, jobs: int) -> list[Stage]:
+def stages(
+    *, dry_run: bool, data: Path, runs: Path, sweep: Path, jobs: int, epochs: int
+) -> list[Stage]:
     """All stages, the most valuable first.
 
     Args:
@@ -66,9 +69,14 @@ def stages(*, dry_run: bool, data: Path, runs: Path, sweep: Path, jobs: int) -> 
         runs: Where the study puts the lines of its runs.
         sweep: The runs of the study.
         jobs: Runs of the study at once.
+        epochs: Of each run; a dry run has one.
     """
     device = "cpu" if dry_run else "cuda"
-    studies = [_study(name, dry_run, data, runs, sweep, jobs) for name in BACKBONES]
+    common = ("--data", str(data), "--out", str(runs), "--sweep", str(sweep))
+    studies = [
+        _study(name, _toy(name, jobs) if dry_run else _full(name, jobs, epochs), common, data)
+        for name in BACKBONES
+    ]
     return [_tests(dry_run), _bench(device, dry_run), _speed(device, dry_run), *studies]
 
 
@@ -130,26 +138,26 @@ def _speed(device: str, dry_run: bool) -> Stage:
     )
 
 
-def _study(name: str, dry_run: bool, data: Path, runs: Path, sweep: Path, jobs: int) -> Stage:
-    size = TOY.split() if dry_run else ["--preset", "gpu", "--device", "cuda", "--backbone", name]
-    if dry_run:
-        number = BACKBONES.index(name)
-        size += ["--temperature", f"0.{5 + number}"]  # else the stages would ask for the same runs
-        jobs = 1 if number else jobs  # several at once are tried once
-    common = ["--data", data, "--out", runs, "--sweep", sweep, "--jobs", jobs]
+def _full(name: str, jobs: int, epochs: int) -> list[str]:
+    words = ["--preset", "gpu", "--device", "cuda", "--backbone", name]
+    return [*words, "--epochs", str(epochs), "--jobs", str(jobs)]
+
+
+def _toy(name: str, jobs: int) -> list[str]:
+    number = BACKBONES.index(name)
+    own = ["--temperature", f"0.{5 + number}"]  # else the stages would ask for the same runs
+    # Several runs at once are tried once.
+    return [*TOY.split(), *own, "--jobs", str(1 if number else jobs)]
+
+
+def _study(name: str, size: list[str], common: tuple[str, ...], data: Path) -> Stage:
+    script = str(EXAMPLES / "cifar10_knn.py")
     return Stage(
         name,
-        f"k-NN accuracy of DINO on CIFAR-10 with {name}: the runs of {sweep.name}",
-        (
-            sys.executable,
-            str(EXAMPLES / "cifar10_knn.py"),
-            *size,
-            *map(str, common),
-            "--time-limit",
-            SECONDS,
-        ),
+        f"k-NN accuracy of DINO on CIFAR-10 with {name}: the runs of {SWEEP.name}",
+        (sys.executable, script, *size, *common, "--time-limit", SECONDS),
         ROOT,
-        limit=530,
+        limit=math.inf,
         least=100,
         modules=STUDY,
         files=(data,),
