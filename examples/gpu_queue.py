@@ -80,9 +80,11 @@ def plan(args: argparse.Namespace, folders: Folders) -> list[Stage]:
         if not data.exists():
             toy.write_images(data)
         sweep.write_text(toy.first_lines(SWEEP, 4))
+    carried = data.suffix == ".npz" or args.wheels  # else torchvision downloads into a folder
     return stages(
         dry_run=args.dry_run,
         data=data,
+        files=(data,) if carried else (),
         runs=folders.runs,
         sweep=sweep,
         jobs=args.jobs,

@@ -6,6 +6,7 @@ A CPU runs what has no capture and no replay in it; ``pytest -m cuda`` chooses w
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -181,4 +182,5 @@ def capture(device: str) -> str:
 
 
 if __name__ == "__main__":
-    print(capture(sys.argv[1]))
+    print(capture(sys.argv[1]), flush=True)
+    os._exit(0)  # a failed capture may break the end of the process, too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,9 @@ class NoReading(TorchDispatchMode):
 @contextmanager
 def no_synchronisation(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this mode does not see all that waits
+            torch.cuda.set_sync_debug_mode("error")
     try:
         with NoReading():  # type: ignore[no-untyped-call]
             yield

@@ -18,9 +18,6 @@ from gpu.machine import Machine
 from gpu.records import Record
 from gpu.stages import Stage
 
-DONE = ("ok", "failed")
-"""How a stage ends that the next call does not begin again."""
-
 
 @dataclass(frozen=True)
 class Folders:
@@ -84,7 +81,8 @@ class Call:
             self.folders.join_runs()
             for stage in stages:
                 before = known.get(stage.name)
-                if before and is_done(before, stage) and stage.name not in self.again:
+                done = before is not None and is_done(before, stage, self.revision)
+                if before and done and stage.name not in self.again:
                     good &= before["status"] == "ok"
                     print(f"{stage.name}: {before['status']} in a former call", flush=True)
                     continue
@@ -183,13 +181,18 @@ def reason_of(status: str, text: str, limit: float) -> str:
     return reasons.get(status, "")
 
 
-def is_done(record: Record, stage: Stage) -> bool:
+def is_done(record: Record, stage: Stage, revision: str) -> bool:
     """Whether the next call leaves the stage alone.
 
-    A stage at its own limit would be so again, unless the work goes on from where it stopped.
+    A stage that failed would fail again with the same code, and one that ran up to the stage's own
+    limit would do so again, unless the work goes on from where it stopped.
     """
-    status, cut = record["status"], record.get("cut", False)
-    return status in DONE or (status == "timeout" and not stage.goes_on and not cut)
+    if record["status"] == "ok":
+        return True
+    if record["status"] == "failed":
+        return bool(record["revision"] == revision)
+    at_limit = record["status"] == "timeout" and not record["cut"]
+    return at_limit and not stage.goes_on
 
 
 def described(record: Record) -> str:

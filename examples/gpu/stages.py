@@ -59,13 +59,21 @@ class Stage:
 
 
 def stages(
-    *, dry_run: bool, data: Path, runs: Path, sweep: Path, jobs: int, epochs: int
+    *,
+    dry_run: bool,
+    data: Path,
+    files: tuple[Path, ...],
+    runs: Path,
+    sweep: Path,
+    jobs: int,
+    epochs: int,
 ) -> list[Stage]:
     """All stages, the most valuable first.
 
     Args:
         dry_run: On the CPU, at toy size.
         data: CIFAR-10, as ``cifar10_knn.py`` takes it.
+        files: What must exist for the study.
         runs: Where the study puts the lines of its runs.
         sweep: The runs of the study.
         jobs: Runs of the study at once.
@@ -74,7 +82,7 @@ def stages(
     device = "cpu" if dry_run else "cuda"
     common = ("--data", str(data), "--out", str(runs), "--sweep", str(sweep))
     studies = [
-        _study(name, _toy(name, jobs) if dry_run else _full(name, jobs, epochs), common, data)
+        _study(name, _toy(name, jobs) if dry_run else _full(name, jobs, epochs), common, files)
         for name in BACKBONES
     ]
     return [_tests(dry_run), _bench(device, dry_run), _speed(device, dry_run), *studies]
@@ -150,7 +158,7 @@ def _toy(name: str, jobs: int) -> list[str]:
     return [*TOY.split(), *own, "--jobs", str(1 if number else jobs)]
 
 
-def _study(name: str, size: list[str], common: tuple[str, ...], data: Path) -> Stage:
+def _study(name: str, size: list[str], common: tuple[str, ...], files: tuple[Path, ...]) -> Stage:
     script = str(EXAMPLES / "cifar10_knn.py")
     return Stage(
         name,
@@ -158,8 +166,8 @@ def _study(name: str, size: list[str], common: tuple[str, ...], data: Path) -> S
         (sys.executable, script, *size, *common, "--time-limit", SECONDS),
         ROOT,
         limit=math.inf,
-        least=100,
+        least=150,
         modules=STUDY,
-        files=(data,),
+        files=files,
         goes_on=True,
     )

@@ -194,8 +194,8 @@ class TestQueue:
         once = [("good", "ok"), ("study", "timeout"), ("wrong", "failed")]
         assert self.said(call) == [*once, ("study", "timeout")]
         replace(call, again=["good"]).go([good])
-        assert self.said(call)[-1] == ("good", "ok")
-        assert len(self.said(call)) == 5
+        replace(call, revision="mended").go([good, wrong])
+        assert self.said(call)[4:] == [("good", "ok"), ("wrong", "failed")]
 
     def test_one_that_the_end_of_the_call_cuts_is_begun_again(self, call: Any) -> None:
         slow = self.stage("slow", "import time; time.sleep(99)")
@@ -312,10 +312,9 @@ class TestStages:
     def test_they_fit_a_call_and_name_what_there_is(self, dry_run: bool, tmp_path: Path) -> None:
         from gpu.stages import SWEEP, stages
 
-        data = tmp_path / "c.npz"
-        known = stages(
-            dry_run=dry_run, data=data, runs=tmp_path / "r", sweep=SWEEP, jobs=3, epochs=9
-        )
+        data, runs = tmp_path / "c.npz", tmp_path / "r.jsonl"
+        common: dict[str, Any] = {"data": data, "files": (data,), "runs": runs, "sweep": SWEEP}
+        known = stages(dry_run=dry_run, **common, jobs=3, epochs=9)
         assert [stage.name for stage in known] == STAGES
         for stage in known:
             assert stage.least < stage.limit
