@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.time_limit
+    if args.before is not None and not args.before.is_dir():
+        parser.error(f"--before {args.before} is no folder: leave the option away in a first call")
     folders = prepared(args)
     planned = plan(args, folders)
     names = [stage.name for stage in planned]
