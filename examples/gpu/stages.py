@@ -76,13 +76,13 @@ def stages(
         files: What must exist for the study.
         runs: Where the study puts the lines of its runs.
         sweep: The runs of the study.
-        jobs: Runs of the study at once.
+        jobs: Runs of the study at once; of a dry run two, and then one.
         epochs: Of each run; a dry run has one.
     """
     device = "cpu" if dry_run else "cuda"
     common = ("--data", str(data), "--out", str(runs), "--sweep", str(sweep))
     studies = [
-        _study(name, _toy(name, jobs) if dry_run else _full(name, jobs, epochs), common, files)
+        _study(name, _toy(name) if dry_run else _full(name, jobs, epochs), common, files)
         for name in BACKBONES
     ]
     return [_tests(dry_run), _bench(device, dry_run), _speed(device, dry_run), *studies]
@@ -151,11 +151,10 @@ def _full(name: str, jobs: int, epochs: int) -> list[str]:
     return [*words, "--epochs", str(epochs), "--jobs", str(jobs)]
 
 
-def _toy(name: str, jobs: int) -> list[str]:
+def _toy(name: str) -> list[str]:
     number = BACKBONES.index(name)
     own = ["--temperature", f"0.{5 + number}"]  # else the stages would ask for the same runs
-    # Several runs at once are tried once.
-    return [*TOY.split(), *own, "--jobs", str(1 if number else jobs)]
+    return [*TOY.split(), *own, "--jobs", "1" if number else "2"]  # several at once are tried once
 
 
 def _study(name: str, size: list[str], common: tuple[str, ...], files: tuple[Path, ...]) -> Stage:

@@ -261,6 +261,16 @@ time.sleep(99)
         assert 3 <= ended.seconds < 20
         self.assert_gone(self.child(log))
 
+    def test_a_command_leaves_no_process_behind(self, tmp_path: Path) -> None:
+        from gpu.runner import run
+
+        log = tmp_path / "log"
+        code = self.FAMILY.replace("\ntime.sleep(99)", "\n")
+        words = [sys.executable, "-c", code]
+        ended = run(words, folder=tmp_path, environment=os.environ, log=log, limit=50)
+        assert ended.code == 0
+        self.assert_gone(self.child(log))
+
     def test_a_killed_queue_leaves_no_process_behind(self, tmp_path: Path) -> None:
         log = tmp_path / "log"
         code = f"""
@@ -381,9 +391,14 @@ class TestInstall:
         from gpu import machine
 
         source, site = tmp_path / "checkout" / "climb_plugin", tmp_path / "site"
-        source.mkdir(parents=True)
+        adapters = source.parent / "adapters"
+        for folder in (source, adapters / "hydra"):
+            folder.mkdir(parents=True)
+        (adapters / "hydra" / "__init__.py").write_text("")  # another package, of another name
         (source / "a.py").write_text("a = 1")
-        write_wheel(wheels / "climb_plugin-1-py3-none-any.whl", **{"climb_plugin/a.py": carried})
+        (adapters / "b.py").write_text("b = 1")
+        files = {"climb_plugin/a.py": carried, "climb_plugin/adapters/b.py": "b = 1"}
+        write_wheel(wheels / "climb_plugin-1-py3-none-any.whl", **files)
         if carried == "a = 1":
             assert machine.install(wheels, source.parent, site) == ""
             assert (site / "carried_module.py").exists()
