@@ -337,6 +337,30 @@ class TestStages:
             for module in set(stage.modules) - {"pytest_benchmark"}:
                 assert find_spec(module), module
 
+    def test_the_runs_of_the_study(self, tmp_path: Path) -> None:
+        """The command of the real stage, as the study reads it; the first three are a seed's."""
+        import cifar10_knn
+
+        from gpu.stages import BACKBONES, SWEEP, stages
+
+        data, runs = tmp_path / "c.npz", tmp_path / "r.jsonl"
+        common: dict[str, Any] = {"data": data, "files": (data,), "runs": runs, "sweep": SWEEP}
+        known = stages(dry_run=False, **common, jobs=3, epochs=100)
+        for name, stage in zip(BACKBONES, known[3:], strict=True):
+            args = cifar10_knn.make_parser().parse_args(stage.arguments(500)[2:])
+            assert (args.device, args.jobs, args.time_limit) == ("cuda", 3, 455)
+            wanted = cifar10_knn.wanted(args)
+            assert len(wanted) == 27
+            assert {run.backbone for run in wanted} == {name}
+            assert [(run.regulariser, run.seed) for run in wanted[:3]] == [
+                ("plain", 0),
+                ("climb", 0),
+                ("noise", 0),
+            ]
+            epochs = {run.epochs for run in wanted if run.lr}
+            assert epochs == {100}
+            assert sum(not run.lr for run in wanted) == 3
+
     def test_a_wrong_name_is_refused(self, tmp_path: Path) -> None:
         done = subprocess.run(
             command(tmp_path, "--only", "test"), capture_output=True, text=True, check=False
