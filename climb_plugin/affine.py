@@ -2,6 +2,7 @@
 
 These are no ``nn.Linear``, so that an initialiser or tool that goes through all linear layers of a
 model finds those of the host alone. Each is called as a module: FSDP gathers weights in its hooks.
+All map (..., B, in_features) to (..., B, out_features).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Affine(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features))
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Of shape (..., B, out_features) for (..., B, in_features)."""
+        """Maps the embedding."""
         _check_gathered(self.bias, embedding)
         return F.linear(embedding, self.weight.to(embedding.dtype), self.bias.to(embedding.dtype))
 
@@ -60,9 +61,7 @@ class Logvar(Affine):
 
     def is_at_start(self) -> bool:
         """Whether the weights are those of the start; waits for the device."""
-        with torch.no_grad(), without_modes():
-            is_zero = not bool(self.weight.any())
-        return is_zero and is_near(self.bias, self._start)
+        return _is_near(self.weight, 0, 0) and _is_near(self.bias, self._start, 0.05)
 
 
 class SharedLogvar(nn.Module):
@@ -75,7 +74,7 @@ class SharedLogvar(nn.Module):
         self.reset_parameters()
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Of shape (..., B, out_features) for (..., B, in_features)."""
+        """The bias, in the shape and dtype of the embedding."""
         _check_gathered(self.bias, embedding)
         return self.bias.to(embedding.dtype).expand(*embedding.shape[:-1], -1)
 
@@ -85,19 +84,19 @@ class SharedLogvar(nn.Module):
 
     def is_at_start(self) -> bool:
         """Whether the parameters are those of the start; waits for the device."""
-        return is_near(self.bias, self._start)
+        return _is_near(self.bias, self._start, 0.05)
 
 
 LOGVARS: dict[str, type[Logvar] | type[SharedLogvar]] = {"linear": Logvar, "shared": SharedLogvar}
 """What a log-variance can be: a linear function of the embedding, or the same for every image."""
 
 
-def is_near(bias: Tensor, start: float) -> bool:
-    """Whether all entries are near ``start``; half precision rounds, and .double() keeps that."""
+def _is_near(values: Tensor, start: float, tolerance: float) -> bool:
+    """Whether all values are near the start; half precision rounds, and .double() keeps that."""
     # Modes that record operations compare a second run of checkpointed code with the first.
     # They must not see this check, which the second run does not repeat.
     with torch.no_grad(), without_modes():
-        return bool(((bias - start).abs() < 0.05).all())
+        return bool(((values - start).abs() <= tolerance).all())
 
 
 def _check_gathered(bias: Tensor, embedding: Tensor) -> None:
@@ -110,11 +109,7 @@ def _check_gathered(bias: Tensor, embedding: Tensor) -> None:
 
 
 def checked_std(init_std: float) -> float:
-    """``init_std`` as a float, if a log-variance can start there.
-
-    Raises:
-        ValueError: If ``init_std`` is no number within the bounds of a learned standard deviation.
-    """
+    """``init_std`` as a float; a ValueError if a learned std cannot start there."""
     if not (is_number(init_std) and math.isfinite(init_std) and init_std > 0):
         raise ValueError(f"init_std must be a positive number, got {init_std!r}.")
     least, most = (math.exp(bound / 2) for bound in (LOGVAR_MIN, LOGVAR_MAX))
@@ -124,14 +119,3 @@ def checked_std(init_std: float) -> float:
             f"the learned std, got {init_std!r}."
         )
     return float(init_std)
-
-
-def checked_form(logvar: str) -> str:
-    """``logvar``, if it is a key of ``LOGVARS``.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if not isinstance(logvar, str) or logvar not in LOGVARS:
-        raise ValueError(f"logvar must be one of {', '.join(map(repr, LOGVARS))}, got {logvar!r}.")
-    return logvar

@@ -96,12 +96,7 @@ def attach(
 
 
 def checked_place(student: nn.Module, *, teacher: nn.Module | None, at: str) -> Place:
-    """Finds the place of the head for :func:`attach`, and changes nothing.
-
-    Raises:
-        TypeError: As :func:`attach`.
-        ValueError: As :func:`attach`.
-    """
+    """Finds the place of the head for :func:`attach`, or raises as that; changes nothing."""
     check_module("student", student)
     if teacher is not None:
         check_module("teacher", teacher)
@@ -110,12 +105,7 @@ def checked_place(student: nn.Module, *, teacher: nn.Module | None, at: str) -> 
 
 
 def hang(
-    place: Place,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    *,
-    init_std: float,
-    logvar: str,
+    place: Place, student: nn.Module, teacher: nn.Module | None, *, init_std: float, logvar: str
 ) -> Attached:
     """Hangs a head in a given place, and a frozen twin on ``teacher``."""
     parameter = next(student.parameters())
@@ -155,8 +145,9 @@ class _Hung:
         self.head.train(module.training)
         host.add_module(NAME, self.head)
         # First in the order of hooks, so that those of the user see the sample.
-        before = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
-        self._handles = [before]
+        self._handles = [
+            module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+        ]
         if not self.place.before:
             self._handles.append(self._hook(module.get_submodule(self.place.path)))
         if self.place.is_shared:
@@ -218,11 +209,9 @@ class _Hung:
                 "CLIMB cannot train in nn.DataParallel, which runs copies of the model that last "
                 "for one forward. Train on one GPU, or use DistributedDataParallel."
             )
-        if self._is_flattened_within(embedding):
-            rows: Tensor = self.head(embedding.flatten(1))
-            return rows.reshape(embedding.shape)
-        sample: Tensor = self.head(embedding)
-        return sample
+        flat = embedding.flatten(1) if self._is_flattened_within(embedding) else embedding
+        sample: Tensor = self.head(flat)
+        return sample if flat is embedding else sample.reshape(embedding.shape)
 
     def _is_flattened_within(self, embedding: object) -> bool:
         """Whether a module that begins by flattening was given a pooling layer's output."""
@@ -235,11 +224,7 @@ class _Hung:
         )
 
     def _check(self, module: nn.Module) -> None:
-        """Checks that the head still acts in its place: layers may have been replaced since.
-
-        Raises:
-            RuntimeError: If the layer that holds the head, or the sampled one, is gone.
-        """
+        """Raises if the layer that holds the head, or the sampled one, has been replaced."""
         if not any(part is self.head for part in module.modules()):
             raise RuntimeError(
                 f"the layer of {type(module).__name__} that held the parameters of its "

@@ -7,6 +7,7 @@ import operator
 import os
 import sys
 import warnings
+from collections.abc import Collection
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ from torch import Tensor
 _NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
-def checked_number(name: str, value: float) -> float:
-    """``value`` as a float, if a number of 0 or more; messages call the value ``name``.
+def is_number(value: object) -> bool:
+    """Whether a value is a real number; numpy's are, tensors and bools are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
-    Raises:
-        TypeError: If the value is no number.
-        ValueError: If the value is negative or not finite.
-    """
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer; numpy's are, bools are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def checked_number(name: str, value: float) -> float:
+    """``value`` as a float; a TypeError if no number, a ValueError if negative or not finite."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     if not (math.isfinite(value) and value >= 0):
@@ -32,22 +38,14 @@ def checked_number(name: str, value: float) -> float:
 
 
 def checked_step(step: int) -> int:
-    """``step`` as an int, if fit for a count of optimiser steps.
-
-    Raises:
-        ValueError: If ``step`` is no int of 0 or more.
-    """
-    if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
+    """``step`` as an int; a ValueError if unfit for a count of optimiser steps."""
+    if not is_whole(step) or step < 0:
         raise ValueError(f"step must be an int of 0 or more, got {step!r}.")
     return int(step)
 
 
 def checked_width(name: str, value: int) -> int:
-    """``value`` as an int, if fit for the width of an embedding; numpy's integers are.
-
-    Raises:
-        ValueError: If the value is no positive integer.
-    """
+    """``value`` as an int; a ValueError if unfit for the width of an embedding."""
     try:
         width = operator.index(value)
     except TypeError:
@@ -57,13 +55,15 @@ def checked_width(name: str, value: int) -> int:
     return width
 
 
-def checked_scalar(value: Any) -> Tensor:
-    """The value of a base loss, if it is a tensor with one element.
+def checked_choice(name: str, value: str, choices: Collection[str]) -> str:
+    """``value``; a ValueError if none of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    return value
 
-    Raises:
-        TypeError: If it is no tensor.
-        ValueError: If it has more elements, or none.
-    """
+
+def checked_scalar(value: Any) -> Tensor:
+    """The value of a base loss; a TypeError or ValueError if no tensor with one element."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"the base loss must return a scalar tensor, got {type(value).__name__}: wrap a "
@@ -75,11 +75,6 @@ def checked_scalar(value: Any) -> Tensor:
             "reduction='mean', or wrap a function that reduces it."
         )
     return value
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a real number; numpy's are, tensors and bools are not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def warn(message: str) -> None:

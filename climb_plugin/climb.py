@@ -27,14 +27,9 @@ if TYPE_CHECKING:
 class Climb:
     """The bottleneck of one criterion, ``criterion.climb``.
 
-    Args:
-        heads: The heads.
-        attached: Those of them that :func:`~climb_plugin.attach.attach` hung on a module.
-        settings: The options.
-        priors: One for each head.
-        check_base: Whether the base loss must be finite.
-
     Attributes:
+        attached: Those heads that :func:`~climb_plugin.attach.attach` hung on a module.
+        priors: One for each head.
         observers: Functions that get the terms of every call of the loss, and whether a posterior
             was involved; for hosts that log. A copy of the criterion has none.
         watches: Whether terms that are not finite raise and collapses warn. A host sets False
@@ -53,6 +48,7 @@ class Climb:
     ) -> None:
         self._heads = heads
         self.attached = tuple(attached)
+        self.priors = priors
         self._prior = prior_name(settings.prior)
         self._free_nats = settings.free_nats
         self.alpha = settings.alpha
@@ -61,7 +57,7 @@ class Climb:
         self.schedule = settings.schedule
         self.observers: list[Callable[[ClimbTerms, bool], None]] = []
         self.watches = True
-        self.watch = Watch(heads, priors, check_base=check_base)
+        self.watch = Watch(heads, priors, prior=self._prior, check_base=check_base)
         self._terms: ClimbTerms | None = None
 
     @property
@@ -81,12 +77,7 @@ class Climb:
 
     @property
     def alpha(self) -> float:
-        """Weight of the conditional entropy; can be set.
-
-        Raises:
-            TypeError: If set to no number.
-            ValueError: If set to a number that is negative or not finite.
-        """
+        """Weight of the conditional entropy; can be set to a finite number of 0 or more."""
         return self._alpha
 
     @alpha.setter
@@ -136,22 +127,20 @@ class Climb:
 
     @property
     def terms(self) -> ClimbTerms:
-        """The terms of the last call, detached.
-
-        Raises:
-            AttributeError: If the loss has not been called yet.
-        """
+        """The terms of the last call, detached; an AttributeError before the first."""
         if self._terms is None:
             raise AttributeError("there are no terms yet: call the loss first.")
         return self._terms
 
+    def show(self, terms: ClimbTerms, *, is_regularised: bool) -> None:
+        """Keeps the terms of a call, and passes them to the observers."""
+        self._terms = terms
+        for observer in self.observers:
+            observer(terms, is_regularised)
+
     @property
     def beta(self) -> float:
-        """The weight of the bottleneck at the current step.
-
-        Raises:
-            AttributeError: If beta cannot be told yet.
-        """
+        """The weight of the bottleneck at this step; an AttributeError if that cannot be told."""
         try:
             return float(self.weight())
         except ValueError as error:
@@ -159,12 +148,13 @@ class Climb:
 
     def weight(self) -> float | Tensor:
         """As :attr:`beta`, without waiting for a device."""
-        if self._rates and self.step != self._rates_step:
+        step = self.step
+        if self._rates and step != self._rates_step:
             last = self._rates[-1]
             rate = torch.stack([beside(last, rate) for rate in self._rates]).mean()
             self._rates = []
             self.schedule.observe(self._rates_step, rate)
-        return beta_at(self.schedule, self.step)
+        return beta_at(self.schedule, step)
 
     @property
     def step(self) -> int:
@@ -182,19 +172,13 @@ class Climb:
         """
         self.watch.steps.set_to(checked_step(step))
 
-    def show(self, terms: ClimbTerms, *, is_regularised: bool) -> None:
-        """Keeps the terms of a call, and passes them to the observers."""
-        self._terms = terms
-        for observer in self.observers:
-            observer(terms, is_regularised)
-
     def trains(self, base: Tensor, penalty: Tensor) -> None:
         """Notes a call that will have a backward pass.
 
         A schedule sees one rate a step, the mean over the calls of the step (gradient
         accumulation, a loss per view, the closures of LBFGS), once the step is over.
         """
-        if self.schedule.needs_rate:
+        if self._schedule.needs_rate:
             # Averaged over the ranks at once: a checkpoint of one rank is then right for all.
             self._rates.append(mean_over_ranks(self.terms.rate.detach().float()))
             self._rates_step = self.step

@@ -109,48 +109,31 @@ class Door(nn.Module):
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Registers the buffer on the base, if that is a module."""
-        base = _base_of(self)
-        if isinstance(base, nn.Module):
-            base.register_buffer(name, tensor, persistent)
-        else:
-            super().register_buffer(name, tensor, persistent)
+        self._owner().register_buffer(name, tensor, persistent)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Registers the parameter on the base, if that is a module."""
-        base = _base_of(self)
-        if isinstance(base, nn.Module):
-            base.register_parameter(name, param)
-        else:
-            super().register_parameter(name, param)
+        self._owner().register_parameter(name, param)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Adds ``module`` to the base, if that is a module."""
-        base = _base_of(self)
-        if isinstance(base, nn.Module):
-            base.add_module(name, module)
-        else:
-            super().add_module(name, module)
-
-    def register_module(self, name: str, module: nn.Module | None) -> None:
-        """As :meth:`add_module`."""
-        self.add_module(name, module)
+        self._owner().add_module(name, module)
 
     def get_buffer(self, target: str) -> Tensor:
         """A buffer of the base, or of the criterion under one of CLIMB's own names."""
-        return self._looked_up("get_buffer", target)
+        found: Tensor = self._owner(target).get_buffer(target)
+        return found
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """A parameter of the base, or of the criterion under one of CLIMB's own names."""
-        return self._looked_up("get_parameter", target)  # type: ignore[return-value]
-
-    def _looked_up(self, how: str, target: str) -> Tensor:
-        base = _base_of(self)
-        found: Tensor
-        if isinstance(base, nn.Module) and target.split(".")[0] not in _OWN:
-            found = getattr(base, how)(target)
-        else:
-            found = getattr(super(), how)(target)
+        found: nn.Parameter = self._owner(target).get_parameter(target)
         return found
+
+    def _owner(self, target: str = "") -> Any:
+        """The module that holds buffers, parameters and submodules."""
+        base = _base_of(self)
+        is_bases = isinstance(base, nn.Module) and target.split(".")[0] not in _OWN
+        return base if is_bases else super()
 
     def _is_own(self, name: str) -> bool:
         base = _base_of(self)

@@ -34,6 +34,32 @@ class Posterior(NamedTuple):
     logvar: Tensor
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32 (float64 stays float64), the precision of all statistics."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def checked(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in float32, or all in float64 if one is; raises as this module says."""
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected a tensor, got {type(tensor).__name__}: {tensor!r}.")
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"expected floating-point tensors, got {tensor.dtype}: "
+                "convert with .float() before the call."
+            )
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"mean and logvar must have the same shape, got {', '.join(map(str, shapes))}."
+        )
+    if len(shapes[0]) < 2:
+        raise ValueError(f"expected shape (..., B, D), got {shapes[0]}: add a batch dimension.")
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return tuple([tensor.to(torch.float64 if is_double else torch.float32) for tensor in tensors])
+
+
 def reparameterize(mean: Tensor, logvar: Tensor, *, noise: Tensor) -> Tensor:
     """Samples of N(mean, exp(logvar)), of shape (..., B, D), from standard normal noise.
 
@@ -57,7 +83,7 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
         tensor([2.])
     """
     mean, logvar = checked(mean, logvar)
-    return _half_sum(mean.square() + (torch.expm1(logvar) - logvar))
+    return (mean.square() + (torch.expm1(logvar) - logvar)).sum(dim=-1) / 2
 
 
 def kl_between(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor) -> Tensor:
@@ -71,7 +97,7 @@ def kl_between(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: T
     mean, logvar, other_mean, other_logvar = checked(mean, logvar, other_mean, other_logvar)
     log_ratio = logvar - other_logvar
     distance = (mean - other_mean).square() * torch.exp(-other_logvar)
-    return _half_sum(distance + (torch.expm1(log_ratio) - log_ratio))
+    return (distance + (torch.expm1(log_ratio) - log_ratio)).sum(dim=-1) / 2
 
 
 def symmetric_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor) -> Tensor:
@@ -89,7 +115,7 @@ def symmetric_kl(mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar:
     precisions = torch.exp(-logvar) + torch.exp(-other_logvar)
     # cosh(x) - 1 = 2 sinh(x / 2)^2 does not cancel where the variances are nearly equal.
     spread = 2 * torch.sinh((logvar - other_logvar) / 2).square()
-    return _half_sum((mean - other_mean).square() * precisions / 2 + spread)
+    return ((mean - other_mean).square() * precisions / 2 + spread).sum(dim=-1) / 2
 
 
 def conditional_entropy(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -102,7 +128,7 @@ def conditional_entropy(mean: Tensor, logvar: Tensor) -> Tensor:
         tensor([2.8379])
     """
     _, logvar = checked(mean, logvar)
-    return _half_sum(1 + _LOG_2PI + logvar)
+    return (1 + _LOG_2PI + logvar).sum(dim=-1) / 2
 
 
 def entropy_bound(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -115,7 +141,7 @@ def entropy_bound(mean: Tensor, logvar: Tensor) -> Tensor:
         tensor([2.8379])
     """
     mean, logvar = checked(mean, logvar)
-    return _half_sum(mean.square() + torch.exp(logvar) + _LOG_2PI)
+    return (mean.square() + torch.exp(logvar) + _LOG_2PI).sum(dim=-1) / 2
 
 
 def bound_logvar(raw: Tensor) -> Tensor:
@@ -123,10 +149,7 @@ def bound_logvar(raw: Tensor) -> Tensor:
 
     The map is an arc tangent. The slope of an arc tangent falls off as a power and is computed
     without cancellation, so a saturated value still has a gradient (the slope of a tanh rounds to
-    exactly 0 in float32).
-
-    Args:
-        raw: Unbounded values, of any shape.
+    exactly 0 in float32). Takes any shape.
 
     Examples:
         >>> bound_logvar(torch.tensor([-1e6, -5.0, 1e6]))
@@ -138,11 +161,8 @@ def bound_logvar(raw: Tensor) -> Tensor:
 def unbound_logvar(logvar: float) -> float:
     """The number that :func:`bound_logvar` maps to ``logvar``.
 
-    Args:
-        logvar: A log-variance strictly between LOGVAR_MIN and LOGVAR_MAX.
-
     Raises:
-        ValueError: If ``logvar`` is outside.
+        ValueError: If ``logvar`` does not lie strictly between LOGVAR_MIN and LOGVAR_MAX.
 
     Examples:
         >>> bound_logvar(torch.tensor(unbound_logvar(-2.0)))
@@ -153,36 +173,3 @@ def unbound_logvar(logvar: float) -> float:
             f"logvar must lie strictly between {LOGVAR_MIN} and {LOGVAR_MAX}, got {logvar}."
         )
     return _CENTRE + _REACH * math.tan((logvar - _CENTRE) / _REACH)
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """The tensor in float32 (float64 stays float64), the precision of all statistics."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _half_sum(per_dimension: Tensor) -> Tensor:
-    return per_dimension.sum(dim=-1) / 2
-
-
-def checked(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in float32, or all in float64 if one is; raises as this module says."""
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected a tensor, got {type(tensor).__name__}: {tensor!r}.")
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"expected floating-point tensors, got {tensor.dtype}: "
-                "convert with .float() before the call."
-            )
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    if len(set(shapes)) > 1:
-        raise ValueError(
-            "mean and logvar must have the same shape, got "
-            + ", ".join(str(shape) for shape in shapes)
-            + "."
-        )
-    if len(shapes[0]) < 2:
-        raise ValueError(f"expected shape (..., B, D), got {shapes[0]}: add a batch dimension.")
-    dtypes = [tensor.dtype for tensor in tensors]
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    return tuple([tensor.to(wide) for tensor in tensors])

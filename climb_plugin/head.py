@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
@@ -11,14 +10,9 @@ from torch import Tensor, nn
 
 from climb_plugin._graph import noise
 from climb_plugin._graph.sample import draw, next_number
-from climb_plugin._torch import (
-    in_function_forward,
-    is_batched,
-    is_replica,
-    transforms_active,
-)
-from climb_plugin.affine import LOGVARS, Logvar, Mean, SharedLogvar, checked_form, checked_std
-from climb_plugin.checks import checked_width, warn
+from climb_plugin._torch import in_function_forward, is_batched, is_replica, transforms_active
+from climb_plugin.affine import LOGVARS, Mean, SharedLogvar, checked_std
+from climb_plugin.checks import checked_choice, checked_width, warn
 from climb_plugin.gaussian import Posterior, bound_logvar, widened
 
 P = ParamSpec("P")
@@ -82,17 +76,13 @@ class GaussianHead(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features = checked_width("in_features", in_features)
-        self.out_features = (
-            self.in_features
-            if out_features is None
-            else checked_width("out_features", out_features)
-        )
+        self.out_features, self.mean = self.in_features, None
         self.init_std = checked_std(init_std)
-        self.mean = None if out_features is None else Mean(self.in_features, self.out_features)
-        form = LOGVARS[checked_form(logvar)]
-        self.logvar: Logvar | SharedLogvar = form(
-            self.in_features, self.out_features, init_std=self.init_std
-        )
+        if out_features is not None:
+            self.out_features = checked_width("out_features", out_features)
+            self.mean = Mean(self.in_features, self.out_features)
+        form = LOGVARS[checked_choice("logvar", logvar, LOGVARS)]
+        self.logvar = form(self.in_features, self.out_features, init_std=self.init_std)
         # The number of the last call with each outcome, for messages.
         self.last_calls: dict[str, int] = {}
         self._is_started = False  # Whether the head has sampled, or has loaded weights.
@@ -103,7 +93,7 @@ class GaussianHead(nn.Module):
     def forward(self, embedding: Tensor) -> Tensor:
         """A sample of the posterior if a gradient flows, else the mean."""
         if self.training and torch.is_grad_enabled():
-            return outside_compiled_code(self._sample)(embedding)
+            return outside_compiled_code(self._sample, embedding)
         if not torch.compiler.is_compiling():
             self._note_mean()
         return self.embed(embedding)
@@ -183,12 +173,13 @@ class GaussianHead(nn.Module):
     def _note_mean(self) -> None:
         if torch.is_grad_enabled():
             self._note("eval")
-        elif self.training:
-            self._note("function" if in_function_forward() else "no_grad")
+        elif self.training and not in_function_forward():
+            self._note("no_grad")
+        elif self.training and self.logvar.bias.requires_grad:
+            self._note("function")
 
     def _note(self, outcome: str) -> None:
-        if outcome != "function" or self.logvar.bias.requires_grad:
-            self.last_calls[outcome] = next_number()
+        self.last_calls[outcome] = next_number()
 
     def _check(self, embedding: Tensor) -> None:
         if not isinstance(embedding, Tensor) or not embedding.is_floating_point():
@@ -219,13 +210,11 @@ class GaussianHead(nn.Module):
 
 def _check_form(head: GaussianHead, state: Mapping[str, object], prefix: str, *lists: Any) -> None:
     """Says more of a state with the other form of log-variance than that keys are missing."""
-    parts = {key for key in state if key.startswith(f"{prefix}logvar.")}
-    if f"{prefix}logvar.bias" not in parts:
-        return
+    parts = [key for key in state if key.startswith(f"{prefix}logvar.")]
     # Not by the name of the weight, which pruning and parametrizations change.
     saved = "linear" if len(parts) > 1 else "shared"
     built = "shared" if isinstance(head.logvar, SharedLogvar) else "linear"
-    if saved != built:
+    if f"{prefix}logvar.bias" in parts and saved != built:
         errors: list[str] = lists[-1]
         errors.append(
             f"the state of the GaussianHead {prefix.rstrip('.')!r} was saved with "
@@ -234,25 +223,18 @@ def _check_form(head: GaussianHead, state: Mapping[str, object], prefix: str, *l
         )
 
 
-def _start(head: nn.Module, *_: object) -> None:
-    if isinstance(head, GaussianHead):
-        head._is_started = True
+def _start(head: GaussianHead, *_: object) -> None:
+    head._is_started = True
 
 
-def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes torch.compile step around ``function``: one graph break.
+def outside_compiled_code(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Calls ``function``; torch.compile steps around the call, with one graph break.
 
-    As a decorator ``torch.compiler.disable`` would import the compiler with this package: a second.
+    ``torch.compiler.disable`` as a decorator would import the compiler with this package: a second.
     """
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            disabled: Callable[P, R] = torch.compiler.disable(function)
-            return disabled(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return call
+    if torch.compiler.is_compiling():
+        function = torch.compiler.disable(function)
+    return function(*args, **kwargs)
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:

@@ -129,8 +129,7 @@ class ClimbLoss(Door):
         """
         with self.climb.watch.nesting:
             value = checked_scalar(self.base(*args, **kwargs))
-        total: Tensor = outside_compiled_code(_with_bottleneck)(self, value)
-        return total
+        return outside_compiled_code(_with_bottleneck, self.climb, self.base, value)
 
     def climb_state(self) -> dict[str, Any]:
         """Step, settings and noise position for a resumed run, in numbers and strings.
@@ -212,6 +211,10 @@ def bottleneck(
     return Bottleneck(rate, entropy, penalty, rates)
 
 
+def _sum_of_means(vectors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([values.mean() for values in vectors]).sum()
+
+
 def _rates(prior: Prior, posteriors: Sequence[Posterior]) -> Tensor:
     values = prior(posteriors)
     name = type(prior).__name__
@@ -225,8 +228,11 @@ def _rates(prior: Prior, posteriors: Sequence[Posterior]) -> Tensor:
             f"{tuple(values.shape)} of {values.dtype}: climb_plugin.prior.per_sample makes one of "
             "tensors whose dimension D is summed over."
         )
-    trains = torch.is_grad_enabled() and any(p.requires_grad for one in posteriors for p in one)
-    if trains and not values.requires_grad:
+    if (
+        not values.requires_grad
+        and torch.is_grad_enabled()
+        and any(part.requires_grad for posterior in posteriors for part in posterior)
+    ):
         raise ValueError(
             f"the rates of {name} have no gradient, so they would train nothing: compute them from "
             "the posteriors without detach() or torch.no_grad()."
@@ -234,23 +240,21 @@ def _rates(prior: Prior, posteriors: Sequence[Posterior]) -> Tensor:
     return widened(values)
 
 
-def _with_bottleneck(criterion: ClimbLoss, value: Tensor) -> Tensor:
+def _with_bottleneck(climb: Climb, base: Callable[..., Tensor], value: Tensor) -> Tensor:
     """The value of the base loss plus the bottleneck of the posteriors behind that value."""
-    climb: Climb = criterion.climb
     if is_batched(value):
         raise RuntimeError(
             "a ClimbLoss cannot run under torch.vmap: CLIMB could not tell the posteriors of "
             "the samples apart. Loop over what is mapped, or map criterion.base."
         )
-    found = [_posteriors(samples) for samples in _samples(value, climb)]
-    used = [(prior, p) for prior, p in zip(criterion.climb_priors, found, strict=True) if p]
     scalar = value.reshape(())
+    found = [_posteriors(samples) for samples in _samples(value, climb)]
+    used = [(prior, views) for prior, views in zip(climb.priors, found, strict=True) if views]
     if not used:
         climb.show(detached_terms(scalar, scalar, None, None, 0.0), is_regularised=False)
         return value
     priors, posteriors = zip(*used, strict=True)
     beta = climb.weight()
-    climb.watch.begins(climb.prior, needs_rate=climb.schedule.needs_rate)
     with no_autocast(scalar):
         added = bottleneck(priors, posteriors, alpha=climb.alpha, free_nats=climb.free_nats)
     total = scalar + beta * added.penalty
@@ -258,9 +262,7 @@ def _with_bottleneck(criterion: ClimbLoss, value: Tensor) -> Tensor:
     climb.show(terms, is_regularised=True)
     if climb.watches:
         fixed = None if any(prior.compares_views for prior in priors) else added.rates
-        climb.watch.terms(
-            *terms[1:4], beta=beta, function=criterion.base, posteriors=posteriors, rates=fixed
-        )
+        climb.watch.terms(*terms[1:4], beta=beta, function=base, posteriors=posteriors, rates=fixed)
     if added.penalty.requires_grad:
         climb.trains(scalar, added.penalty)
     # FSDP warns if a module that it shards returns a reshaped alias of another tensor.
@@ -269,11 +271,12 @@ def _with_bottleneck(criterion: ClimbLoss, value: Tensor) -> Tensor:
 
 def _samples(value: Tensor, climb: Climb) -> list[list[Sample]]:
     """For each head the samples behind a value; none in evaluation."""
-    if not climb.heads or not torch.is_grad_enabled():
-        return [[] for _ in climb.heads]
-    samples = samples_behind(value, set(climb.heads))
-    found = [[one for one in samples if one.head is head] for head in climb.heads]
-    climb.watch.found(value, found)
+    heads = climb.heads
+    if not heads or not torch.is_grad_enabled():
+        return [[] for _ in heads]
+    samples = samples_behind(value, set(heads))
+    found = [[one for one in samples if one.head is head] for head in heads]
+    climb.watch.found(value, found, climb.schedule.needs_rate)
     return found
 
 
@@ -281,10 +284,6 @@ def _posteriors(samples: Sequence[Sample]) -> list[Posterior]:
     """The posteriors of samples, without those of empty selections: their means would be NaN."""
     posteriors = [sample.intact_posterior() for sample in samples]
     return [posterior for posterior in posteriors if posterior.mean.numel() > 0]
-
-
-def _sum_of_means(vectors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([values.mean() for values in vectors]).sum()
 
 
 def _checked_heads(items: Sequence[GaussianHead | Attached]) -> tuple[GaussianHead, ...]:

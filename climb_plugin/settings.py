@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from climb_plugin.affine import checked_form, checked_std
-from climb_plugin.checks import checked_number
+from climb_plugin.affine import LOGVARS, checked_std
+from climb_plugin.checks import checked_choice, checked_number
 from climb_plugin.prior import PriorLike, make_priors
 from climb_plugin.schedule import Schedule, as_schedule
 
@@ -66,9 +66,9 @@ class Settings:
         for name in ("alpha", "free_nats"):
             object.__setattr__(self, name, checked_number(name, getattr(self, name)))
         object.__setattr__(self, "init_std", checked_std(self.init_std))
-        checked_form(self.logvar)
+        checked_choice("logvar", self.logvar, LOGVARS)
         make_priors(self.prior, [], views=self.views)
-        check_place(self.at)
+        checked_choice("at", self.at, PLACES)
 
     @property
     def schedule(self) -> Schedule:
@@ -79,9 +79,3 @@ class Settings:
 def is_off(schedule: Schedule) -> bool:
     """Whether beta is 0 at every step."""
     return schedule.is_constant and float(schedule(0)) == 0
-
-
-def check_place(at: str) -> None:
-    """Raises a ValueError if ``at`` is none of ``PLACES``."""
-    if at not in PLACES:
-        raise ValueError(f"at must be one of {', '.join(map(repr, PLACES))}, got {at!r}.")

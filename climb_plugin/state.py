@@ -1,4 +1,4 @@
-"""Checks and copies what a checkpoint keeps of a criterion."""
+"""Checks and copies what a checkpoint keeps of a criterion; a ValueError if that is damaged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from torch import Tensor
 
 
 def checked_position(saved: Any) -> tuple[int, int] | None:
-    """A place in the noise, as :func:`climb_plugin._graph.noise.position` returns one.
-
-    Raises:
-        ValueError: If ``saved`` is something else.
-    """
+    """A place in the noise, as :func:`climb_plugin._graph.noise.position` returns one."""
     if saved is None:
         return None
     if not (
@@ -31,27 +27,17 @@ def checked_position(saved: Any) -> tuple[int, int] | None:
 
 
 def checked_schedules(saved: Any) -> Mapping[str, Any]:
-    """The states of schedules by the names of their classes.
-
-    Raises:
-        ValueError: If ``saved`` is something else.
-    """
-    if saved is None:
-        return {}
-    if not isinstance(saved, Mapping):
+    """The states of schedules by the names of their classes."""
+    if saved is not None and not isinstance(saved, Mapping):
         raise ValueError(
             "the schedule in the state of a ClimbLoss is a dict of its class and state, got "
             f"{saved!r}."
         )
-    return saved
+    return saved or {}
 
 
 def checked_rates(saved: Any) -> tuple[int, list[Tensor]]:
-    """A step and the rates of its calls so far.
-
-    Raises:
-        ValueError: If ``saved`` is something else, or a rate is not finite.
-    """
+    """A step and the rates of its calls so far."""
     try:
         step, *rates = [0] if saved is None else saved
         whole = isinstance(step, int) and all(math.isfinite(rate) for rate in rates)

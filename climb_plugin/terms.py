@@ -32,23 +32,19 @@ class ClimbTerms(NamedTuple):
 
 
 def detached_terms(
-    total: Tensor,
-    base: Tensor,
-    rate: Tensor | None,
-    entropy: Tensor | None,
-    beta: float | Tensor,
+    total: Tensor, base: Tensor, rate: Tensor | None, entropy: Tensor | None, beta: float | Tensor
 ) -> ClimbTerms:
     """The terms of a call; without posteriors rate and entropy are NaN."""
     with without_transforms():
         base = plain(base).detach()
         nan = base.new_full((), math.nan)
+        if not isinstance(beta, Tensor):
+            beta = torch.tensor(beta, dtype=torch.float64, device="cpu")
         return ClimbTerms(
             # Copies, which keep their values if the caller changes the loss in place.
             plain(total).detach().clone(),
             base.clone(),
             nan if rate is None else plain(rate).detach(),
             nan if entropy is None else plain(entropy).detach(),
-            beta
-            if isinstance(beta, Tensor)
-            else torch.tensor(beta, dtype=torch.float64, device="cpu"),
+            beta,
         )

@@ -1,4 +1,17 @@
-"""Adds CLIMB to a loss and a projection head in one line, and removes CLIMB again."""
+"""Adds CLIMB to a loss and a projection head in one line, and removes CLIMB again.
+
+Examples:
+    >>> import torch
+    >>> from torch.nn.functional import mse_loss
+    >>> head = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+    >>> criterion = wrap(mse_loss, student=head, beta=1e-3)
+    >>> views = torch.randn(8, 32), torch.randn(8, 32)
+    >>> criterion(head(views[0]), head(views[1])).backward()
+    >>> bool(criterion.terms.rate > 0)
+    True
+    >>> unwrap(criterion) is mse_loss
+    True
+"""
 
 from __future__ import annotations
 
@@ -27,60 +40,31 @@ def wrap(
     init_std: float = 0.1,
     logvar: str = "linear",
 ) -> ClimbLoss:
-    """Adds CLIMB to a loss and to the projection head behind that loss.
+    """Adds CLIMB to a loss, and to the projection head behind that; returns the criterion.
 
-    Hangs a :class:`~climb_plugin.GaussianHead` on ``student`` in place, and a frozen twin, which
-    passes on the mean, on ``teacher``. No layer is added: indices and state dict keys keep their
-    meaning; keys of the new parameters come in beside them. Wrap before the optimiser is built.
-    Wrap before any copy of the model: a copy made earlier pairs parameters with the wrong ones.
-    :func:`unwrap` undoes all.
-
-    With ``beta=0`` nothing is hung on: the run is bit-identical to one without the plugin.
+    Call the criterion as you called ``loss``. A :class:`~climb_plugin.GaussianHead` hangs on
+    ``student``, and a frozen twin, which passes on the mean, on ``teacher``. Wrap before the
+    optimiser is built and before the model is copied; keys of new parameters come in beside the
+    old. With ``beta=0`` nothing is hung on: the run is bit-identical to one without the plugin.
 
     Args:
         loss: The script's loss, such as ``DINOLoss()``.
-        student: The projection head that is trained: any of ``lightly.models.modules``, or your own
-            module that maps (B, N) to (B, D).
+        student: The projection head that is trained: a module that maps (B, N) to (B, D).
         teacher: The projection head of the momentum encoder, if there is one.
-        beta: Weight of the bottleneck in units of the loss per nat: a number, or a schedule over
-            optimiser steps. This and the others are as in :class:`~climb_plugin.settings.Settings`.
+        beta: Weight of the rate; like the rest as in :class:`~climb_plugin.settings.Settings`.
         at: Place of the Gaussian: ``"projection"`` or ``"features"``.
-        prior: The distribution that the rate is measured to: ``"standard"``, ``"learned"``,
-            ``"view"``, ``"backward"`` or a :class:`~climb_plugin.prior.Prior`.
+        prior: ``"standard"``, ``"learned"``, ``"view"``, ``"backward"``, or one of your own.
         views: How many views each call of the head holds, for priors that compare views.
         alpha: Weight of the conditional entropy beside the rate.
         free_nats: Nats of rate that cost nothing, per sample and head.
         init_std: Standard deviation at the start, in units of the embedding.
         logvar: ``"linear"``, or ``"shared"`` for wide embeddings.
 
-    Returns:
-        The criterion; call it as you called ``loss``.
-
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a value is out of range, a head was wrapped before, or student and teacher
-            differ in layout or share storage.
-
-    Examples:
-        >>> import torch
-        >>> from torch.nn.functional import mse_loss
-        >>> head = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
-        >>> criterion = wrap(mse_loss, student=head, beta=1e-3)
-        >>> views = torch.randn(8, 32), torch.randn(8, 32)
-        >>> criterion(head(views[0]), head(views[1])).backward()
-        >>> bool(criterion.terms.rate > 0)
-        True
+        ValueError: If a value is out of range, a head is there, or the teacher is no such copy.
     """
-    settings = Settings(
-        beta=beta,
-        alpha=alpha,
-        prior=prior,
-        views=views,
-        free_nats=free_nats,
-        at=at,
-        init_std=init_std,
-        logvar=logvar,
-    )
+    settings = Settings(beta, alpha, prior, views, free_nats, at, init_std, logvar)
     return wrapped(loss, settings, student=student, teacher=teacher)
 
 
@@ -94,16 +78,7 @@ def wrapped(
 ) -> ClimbLoss:
     """As :func:`wrap`, with settings that are made already; for adapters.
 
-    Args:
-        loss: As in :func:`wrap`, like student and teacher.
-        settings: All options.
-        student: The projection head that is trained.
-        teacher: The projection head of the momentum encoder, if there is one.
-        check_base: Whether a NaN or infinite base loss raises.
-
-    Raises:
-        TypeError: As :func:`wrap`.
-        ValueError: As :func:`wrap`; then the model is as before.
+    If this raises, the model is as before. ``check_base`` as in :class:`~climb_plugin.ClimbLoss`.
     """
     if isinstance(loss, ClimbLoss):
         raise ValueError(
@@ -132,7 +107,7 @@ def wrapped(
 
 
 def unwrap(criterion: ClimbLoss) -> Callable[..., Tensor]:
-    """Takes CLIMB out again: off the model, and off the loss.
+    """Takes CLIMB out again, off the model and off the loss; returns the base loss.
 
     Student and teacher become to the last bit the same as without the plugin, with their present
     weights: keys, order of parameters, hooks, output.
@@ -140,18 +115,9 @@ def unwrap(criterion: ClimbLoss) -> Callable[..., Tensor]:
     Args:
         criterion: The result of :func:`wrap`, or a copy made together with a copy of the model.
 
-    Returns:
-        The base loss.
-
     Raises:
         TypeError: If ``criterion`` is no ClimbLoss.
         ValueError: If the user put heads into the model by hand, so that their modules are unknown.
-
-    Examples:
-        >>> head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-        >>> criterion = wrap(nn.functional.mse_loss, student=head, beta=1e-3)
-        >>> unwrap(criterion) is nn.functional.mse_loss
-        True
     """
     if not isinstance(criterion, ClimbLoss):
         raise TypeError(f"unwrap takes what wrap returned, got {type(criterion).__name__}.")

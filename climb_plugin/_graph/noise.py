@@ -46,9 +46,8 @@ def begin() -> None:
 def next_seed(taken: Container[Seed]) -> Seed:
     """The seed of the next draw.
 
-    Args:
-        taken: Seeds of samples that are still alive. They are skipped: a state of torch's generator
-            that is brought back (``fork_rng``) would bring back their noise.
+    Seeds that are taken, by samples still alive, are skipped: a state of torch's generator that is
+    brought back (``fork_rng``) would bring back their noise.
     """
     global _drawn
     state = _look()

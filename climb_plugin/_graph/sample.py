@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet, WeakValueDictionary
 
@@ -41,29 +41,17 @@ _freed: tuple[int | None, WeakSet[Sample]] = (None, WeakSet())
 
 
 class Sample:
-    """A draw of a head; the autograd node of the sample holds this object.
-
-    Attributes:
-        head: The head that drew.
-        number: Place among all draws of this process.
-        posterior: The posterior drawn from; None once a backward pass has freed the graph.
-        version: Version counter of the mean; a higher one later tells of a change in place.
-        fingerprint: Of the embedding; tells a second run of checkpointed code.
-        is_second_run: Whether the draw was made in a backward pass.
-        seed: Seed of the noise.
-        thread: The thread that made the node.
-        sequence: The sequence number of the node.
-    """
+    """A draw of a head; the autograd node of the sample holds this object."""
 
     def __init__(self, head: GaussianHead, posterior: Posterior, fingerprint: Fingerprint) -> None:
         self.head = head
-        self.number = next(_numbers)
-        self.posterior: Posterior | None = posterior
-        self.version = version(posterior.mean)
-        self.fingerprint = fingerprint
+        self.number = next(_numbers)  # Place among all draws of this process.
+        self.posterior: Posterior | None = posterior  # None once a backward pass freed the graph.
+        self.version = version(posterior.mean)  # Later versions tell of a change in place.
+        self.fingerprint = fingerprint  # Of the embedding.
         self.is_second_run = backward_pass() is not None
         self.thread = threading.get_ident()
-        self.sequence = 0
+        self.sequence = 0  # The sequence number of the node, which numbers the thread's nodes.
         if self.is_second_run:
             self.seed = seed_of_first_run(fingerprint, _first_runs(head))
         else:
@@ -72,12 +60,7 @@ class Sample:
         _alive[self.number] = self
 
     def intact_posterior(self) -> Posterior:
-        """The posterior that the sample was drawn from.
-
-        Raises:
-            RuntimeError: If a backward pass has freed the posterior, or the mean was changed in
-                place.
-        """
+        """The posterior that was drawn from; a RuntimeError if freed, or changed in place."""
         if self.posterior is None:
             raise RuntimeError(
                 "a posterior that this loss depends on is gone, because a backward pass has freed "
@@ -121,18 +104,18 @@ def draw(head: GaussianHead, embedding: Tensor, posterior: Posterior) -> Tensor:
     return value
 
 
-def sample_of(node: Node) -> Sample | None:
-    """The sample that a node holds, if any."""
-    sample: Sample | None = getattr(node, "climb_sample", None)
-    if sample is None and transforms_active():
-        sample = _metadata(node).get(_KEY)
-    return sample
+def samples_at(nodes: Sequence[Node]) -> list[Sample]:
+    """The samples that nodes hold."""
+    held: list[Sample | None] = [getattr(node, "climb_sample", None) for node in nodes]
+    if transforms_active():
+        held += [_metadata(node).get(_KEY) for node in nodes]
+    return [sample for sample in held if sample is not None]
 
 
-def alive(heads: set[GaussianHead]) -> Iterator[Sample]:
+def alive(heads: set[GaussianHead]) -> list[Sample]:
     """The samples of ``heads`` whose graph is alive."""
     # A copy: the garbage collector may take entries out at any moment.
-    return (sample for sample in list(_alive.values()) if sample.head in heads)
+    return [sample for sample in list(_alive.values()) if sample.head in heads]
 
 
 def next_number() -> int:
@@ -140,9 +123,9 @@ def next_number() -> int:
     return next(_numbers)
 
 
-def _first_runs(head: GaussianHead) -> Iterator[Sample]:
+def _first_runs(head: GaussianHead) -> list[Sample]:
     samples = [*alive({head}), *(_freed[1] if _freed[0] == backward_pass() else ())]
-    return (one for one in samples if one.head is head and not one.is_second_run)
+    return [one for one in samples if one.head is head and not one.is_second_run]
 
 
 class _Sum(Function):

@@ -19,18 +19,9 @@ if TYPE_CHECKING:
     from climb_plugin._graph.noise import Seed
     from climb_plugin._graph.sample import Sample
 
-_ADVICE = (
-    "Checkpoint with use_reentrant=False, make what is checkpointed deterministic, or keep the "
-    "GaussianHead out of the checkpoint."
-)
-
 
 class Fingerprint:
-    """One number for each row of a batch, on the batch's device.
-
-    Args:
-        embedding: Of shape (..., B, D), outside autocast.
-    """
+    """One number for each row of a batch (..., B, D), on the batch's device."""
 
     def __init__(self, embedding: Tensor) -> None:
         with torch.no_grad(), without_transforms():
@@ -49,14 +40,11 @@ class Fingerprint:
 
 
 def seed_of_first_run(fingerprint: Fingerprint, firsts: Iterable[Sample]) -> Seed:
-    """The seed of the one sample with this fingerprint.
+    """The seed of the one sample with this fingerprint, or a RuntimeError.
 
     Args:
         fingerprint: Of the second run.
         firsts: The samples that the head has drawn outside of backward passes.
-
-    Raises:
-        RuntimeError: If there is no such sample, or several.
     """
     content = fingerprint.content()
     seeds = {one.seed for one in firsts if one.fingerprint.content() == content}
@@ -71,7 +59,9 @@ def seed_of_first_run(fingerprint: Fingerprint, firsts: Iterable[Sample]) -> See
         )
     raise RuntimeError(
         "a GaussianHead ran in the backward pass, as checkpointed code does, but had no first run "
-        "with gradients on this batch, so there is no noise that it could repeat. " + _ADVICE
+        "with gradients on this batch, so there is no noise that it could repeat. Checkpoint with "
+        "use_reentrant=False, make what is checkpointed deterministic, or keep the GaussianHead "
+        "out of the checkpoint."
     )
 
 

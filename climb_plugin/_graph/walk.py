@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from operator import attrgetter
 from typing import TYPE_CHECKING
 from weakref import ReferenceType, ref
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from climb_plugin._graph.sample import Sample, alive, sample_of
+from climb_plugin._graph.sample import Sample, alive, samples_at
 from climb_plugin._torch import sequence_number
 
 if TYPE_CHECKING:
@@ -23,20 +24,16 @@ def samples_behind(value: Tensor, heads: set[GaussianHead]) -> list[Sample]:
     """The samples of ``heads`` that ``value`` depends on, in the order of their draws.
 
     The walk goes on behind a sample: a head may stand behind another one, or behind itself.
-
-    Args:
-        value: A tensor; one without a ``grad_fn`` depends on nothing.
-        heads: The heads whose samples are wanted.
     """
-    known = set(alive(heads))
+    known = alive(heads)
     found: list[Sample] = []
-    if known and all(one.thread == threading.get_ident() for one in known):
-        found = _search(value, oldest=min(one.sequence for one in known))
+    if {one.thread for one in known} == {threading.get_ident()}:
+        found = _search(value, oldest=min([one.sequence for one in known]))
     # Each thread numbers its nodes separately. If a living sample was not found, nodes of another
     # thread may lie in between, whose numbers say nothing: then search the whole graph.
-    if not found or not known.issubset(found):
+    if not found or not set(known).issubset(found):
         found = _search(value, oldest=0)
-    return sorted((one for one in found if one.head in heads), key=lambda one: one.number)
+    return sorted([one for one in found if one.head in heads], key=attrgetter("number"))
 
 
 def foreign_samples_behind(value: Tensor, heads: set[GaussianHead]) -> list[Sample]:
@@ -46,16 +43,12 @@ def foreign_samples_behind(value: Tensor, heads: set[GaussianHead]) -> list[Samp
 
 def leaves_behind(value: Tensor) -> list[ReferenceType[Tensor]]:
     """The tensors that a backward pass of ``value`` would give a gradient, held weakly."""
-    return [
-        ref(node.variable)
-        for node in _nodes(value, oldest=0, leaves=True)
-        if hasattr(node, "variable")
-    ]
+    nodes = _nodes(value, oldest=0, leaves=True)
+    return [ref(node.variable) for node in nodes if hasattr(node, "variable")]
 
 
 def _search(value: Tensor, *, oldest: int) -> list[Sample]:
-    held = map(sample_of, _nodes(value, oldest=oldest, leaves=False))
-    return [sample for sample in held if sample is not None]
+    return samples_at(_nodes(value, oldest=oldest, leaves=False))
 
 
 def _nodes(value: Tensor, *, oldest: int, leaves: bool) -> list[Node]:

@@ -51,7 +51,7 @@ class CollapseWatch:
         self._calls = 0
         self._lasts: Tensor | None = None
         self._flags = DeferredFlags()
-        self._warned = {"posterior": False, "base": False}
+        self._warned: set[str] = set()
 
     def observe(
         self,
@@ -72,7 +72,7 @@ class CollapseWatch:
             posteriors: For each head its posteriors, each of shape (..., B, D).
         """
         self._calls += 1
-        if self._calls % EVERY or all(self._warned.values()):
+        if self._calls % EVERY or len(self._warned) == 2:
             return
         # Rows of all leading dimensions count: views may lie beside their image. The variance
         # over a single row says nothing.
@@ -82,11 +82,12 @@ class CollapseWatch:
         with torch.no_grad():
             seen = _look(base, value, beta, rates, posteriors)
             known = self._flags.raised(self._lasting(seen))
-        if 0 in known:
-            self._warn("posterior", lambda: _posterior_message(seen, beta))
-        if 1 in known or 2 in known:
-            point, pinned = 1 in known, 2 in known
-            self._warn("base", lambda: _base_message(seen, point=point, pinned=pinned))
+        if 0 in known and "posterior" not in self._warned:
+            self._warned.add("posterior")
+            warn(_posterior_message(seen, beta))
+        if (1 in known or 2 in known) and "base" not in self._warned:
+            self._warned.add("base")
+            warn(_base_message(seen, point=1 in known, pinned=2 in known))
 
     def _lasting(self, seen: _Seen) -> Tensor:
         """Which of the three signs have held for long enough, as a vector."""
@@ -96,14 +97,7 @@ class CollapseWatch:
         self._lasts = (self._lasts + 1) * now
         checks = (POSTERIOR_CHECKS, BASE_CHECKS, BASE_CHECKS)
         # One by one: to copy a tensor of the three to the device would wait for the device.
-        return torch.stack(
-            [held >= n for held, n in zip(self._lasts.unbind(), checks, strict=True)]
-        )
-
-    def _warn(self, which: str, message: Callable[[], str]) -> None:
-        if not self._warned[which]:
-            self._warned[which] = True
-            warn(f"CLIMB: {message()}")
+        return torch.stack([n >= least for n, least in zip(self._lasts, checks, strict=True)])
 
     def __reduce__(self) -> tuple[type[CollapseWatch], tuple[()]]:
         # A copy watches a run of its own.
@@ -111,27 +105,16 @@ class CollapseWatch:
 
 
 class _Seen(NamedTuple):
-    """The result of one check: numbers of the worst head, and three bools, on the device.
+    """The result of one check: numbers of the worst head, and three bools, on the device."""
 
-    Attributes:
-        signal: Most nats that the samples of a head carry.
-        spread: Spread of the directions of that head's means.
-        rate: Nats, summed over heads; None if the prior is no fixed one.
-        value: Value of the base loss.
-        classes: K, if the base has one.
-        posterior: Whether the posterior is collapsed now.
-        point: Whether the embedding is one point now, and the posterior is not the cause.
-        pinned: Whether the base loss is at ln K now.
-    """
-
-    signal: Tensor
-    spread: Tensor
-    rate: Tensor | None
-    value: Tensor
-    classes: int | None
-    posterior: Tensor
-    point: Tensor
-    pinned: Tensor
+    signal: Tensor  # most nats that the samples of a head carry
+    spread: Tensor  # of the directions of that head's means
+    rate: Tensor | None  # nats, summed over heads; None if the prior is no fixed one
+    value: Tensor  # of the base loss
+    classes: int | None  # K, if the base has one
+    posterior: Tensor  # whether the posterior is collapsed now
+    point: Tensor  # whether the embedding is one point now, and the posterior is not the cause
+    pinned: Tensor  # whether the base loss is at ln K now
 
 
 def _look(
@@ -148,12 +131,13 @@ def _look(
     if rates is None:
         collapsed = collapsed & ~point
     else:
-        rate = torch.stack([values.mean() for values in rates])
-        widths = [views[0].mean.shape[-1] for views in posteriors]
-        shares = torch.stack([r / d for r, d in zip(rate.unbind(), widths, strict=True)])
+        means = [values.mean() for values in rates]
+        shares = torch.stack(
+            [mean / v[0].mean.shape[-1] for mean, v in zip(means, posteriors, strict=True)]
+        )
         collapsed = collapsed & (shares < PRIOR_NATS)
         point = point & (shares > OFF_PRIOR_NATS)
-        rate = rate.sum()
+        rate = torch.stack(means).sum()
     posterior = collapsed.any() & (beta > 0)
     classes = _classes(base)
     pinned = torch.zeros_like(posterior)
@@ -191,7 +175,7 @@ def _classes(base: Callable[..., Tensor]) -> int | None:
 def _posterior_message(seen: _Seen, beta: float | Tensor) -> str:
     rate = "" if seen.rate is None else f" The rate is {_nats(seen.rate)}."
     return (
-        f"the posterior has collapsed: for {EVERY * POSTERIOR_CHECKS} calls of the loss its "
+        f"CLIMB: the posterior has collapsed: for {EVERY * POSTERIOR_CHECKS} calls of the loss its "
         f"samples have said next to nothing about their views, now {_nats(seen.signal)} at most."
         f"{rate} beta={float(beta):g} is too high: lower it, warm up longer, or hold the rate with "
         "beta=TargetRate(nats). If the run collapses with beta=0 as well, look at the base method."
@@ -212,7 +196,7 @@ def _base_message(seen: _Seen, *, point: bool, pinned: bool) -> str:
         )
     rate = "" if seen.rate is None else f" The posterior has not: the rate is {_nats(seen.rate)}."
     return (
-        f"the base has collapsed: for {EVERY * BASE_CHECKS} calls of the loss "
+        f"CLIMB: the base has collapsed: for {EVERY * BASE_CHECKS} calls of the loss "
         f"{' and '.join(signs)}.{rate} Look at the base method: learning rate, stop-gradient and "
         "predictor, momentum, temperature and centre of the teacher, batch norm in the projection "
         "head. If the run does not collapse with beta=0, it is CLIMB after all: lower beta."

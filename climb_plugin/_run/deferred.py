@@ -22,11 +22,7 @@ class DeferredFlags:
         self._copied: torch.cuda.Event | None = None
 
     def raised(self, flags: Tensor) -> list[int]:
-        """The entries that are known by now to have been raised.
-
-        Args:
-            flags: A vector of bools, of the same length at every call.
-        """
+        """The entries known by now; ``flags`` is a vector of bools, of one length at all calls."""
         if not flags.is_cuda:
             return _indices(flags)
         known: list[int] = []

@@ -9,13 +9,7 @@ from typing import Any
 
 
 def living(chosen: Callable[[type], bool]) -> list[Any]:
-    """All objects of this process whose type is chosen, but those that gc.freeze() hides.
-
-    The search goes through all objects, which takes up to tenths of a second.
-
-    Args:
-        chosen: Says of a type whether its objects are wanted.
-    """
+    """All objects of this process whose type is chosen, but those that gc.freeze() hides."""
     objects = gc.get_objects()
     # Types, not isinstance, which asks objects for their __class__ and so runs a proxy's code.
     kinds = {kind for kind in set(map(type, objects)) if chosen(kind)}

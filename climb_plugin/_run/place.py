@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +13,27 @@ from torch.nn.parameter import is_lazy
 
 from climb_plugin._run.living import living
 from climb_plugin._torch import clear_hooks, no_global_hooks
+from climb_plugin.checks import checked_choice
 from climb_plugin.gaussian import widened
-from climb_plugin.settings import check_place
+from climb_plugin.settings import PLACES
 
 _ROWS = 4
 # So small that the epsilon of a LayerNorm shows, and that of an L2 normalisation does not yet.
 # Each row has another factor: a batch norm in training would cancel a common one.
 _FACTORS = 2.0 ** -torch.tensor([[10.0], [11.0], [12.0], [13.0]], device="cpu")
+_FLIP = torch.tensor(-1.0, device="cpu")
 _TOLERANCE = 0.05
 _YOURSELF = "put a GaussianHead(width) into it yourself, and use ClimbLoss(loss, heads=...)"
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place at which a head acts.
+    """The place at which a head acts."""
 
-    Attributes:
-        path: Name of the submodule whose output is sampled; empty: the module itself.
-        before: Whether the input of the module is sampled instead.
-        width: Width of the embedding there.
-        is_shared: Whether another module uses that submodule too.
-    """
-
-    path: str
-    before: bool
-    width: int
-    is_shared: bool = False
+    path: str  # of the submodule whose output is sampled; empty: the module itself
+    before: bool  # whether the input of the module is sampled instead
+    width: int  # of the embedding there
+    is_shared: bool = False  # whether another module uses that submodule too
 
 
 def find_place(module: nn.Module, *, at: str) -> Place:
@@ -48,16 +42,10 @@ def find_place(module: nn.Module, *, at: str) -> Place:
     A copy of the module, without hooks, runs on a few random rows in training mode, without
     touching torch's random numbers. If rescaling the output of a submodule leaves the result
     unchanged, and flipping the sign of that output flips the sign of the result (up to a bias), an
-    L2 normalisation follows, perhaps with prototypes, and the Gaussian belongs before that.
-
-    Args:
-        module: The projection head.
-        at: One of :data:`climb_plugin.settings.PLACES`.
-
-    Raises:
-        ValueError: If the place cannot be told, or nothing can go there.
+    L2 normalisation follows, perhaps with prototypes, and the Gaussian belongs before that. Raises
+    a ValueError if the place cannot be told, or nothing can go there.
     """
-    check_place(at)
+    checked_choice("at", at, PLACES)
     probe = _probe(module)
     if at == "features":
         return Place("", True, probe.rows.shape[-1])
@@ -143,11 +131,8 @@ def _is_shared(module: nn.Module, path: str) -> bool:
 class _Probe:
     """Runs copies of a module on a few random rows; the module itself is left alone.
 
-    Args:
-        module: Maps (B, width) to (B, D).
-        width: Width of the module's input.
-
     Attributes:
+        rows: Of shape (rows, width), the input.
         output: The module's output.
         widths: Widths of the outputs of the submodules, in the order of their completion. Those
             that ran more than once are left out: a hook could not tell the runs apart.
@@ -170,7 +155,11 @@ class _Probe:
             if args and _is_batch(args[0]) and _is_unit(args[0]):
                 self._unit_inputs.append(path)
 
-        self.output = self._run(self.rows, watch=watch)
+        watched = _copied(self._module, parameters=False)
+        for name, part in watched.named_modules():
+            if name:
+                part.register_forward_hook(lambda _, *seen, path=name: watch(path, *seen))
+        self.output = _run(watched, self.rows)
         self.widths = {path: n for path, n in self.widths.items() if calls[path] == 1}
 
     def is_before_normalisation(self, path: str | None) -> bool:
@@ -179,24 +168,23 @@ class _Probe:
         Args:
             path: Name of the submodule; None: the input of the module.
         """
-        small = self._rescaled(path, _FACTORS)
-        return self._is_close(small, self.output) and self._is_linear(self._rescaled(path, -1.0))
+        return self._is_close(self._rescaled(path, _FACTORS), self.output) and self._is_odd(path)
 
     def ends_normalised(self) -> bool:
         """Whether the output is normalised, or linear in something that is."""
         return _is_unit(self.output) or any(
-            self._is_linear(self._rescaled(path, -1.0, before=True)) for path in self._unit_inputs
+            self._is_odd(path, before=True) for path in self._unit_inputs
         )
 
     def end_that_noise_would_leave(self) -> str:
         """The name of a last function whose values are bound to a simplex or an interval."""
         rows = self.output
-        if rows.shape[-1] > 1 and self._is_one(rows.sum(dim=-1)) and bool((rows >= 0).all()):
+        if rows.shape[-1] > 1 and _is_one(rows.sum(dim=-1)) and bool((rows >= 0).all()):
             return "softmax (its rows are probabilities)"
-        if rows.shape[-1] > 1 and self._is_one(rows.exp().sum(dim=-1)):
+        if rows.shape[-1] > 1 and _is_one(rows.exp().sum(dim=-1)):
             return "log-softmax (its rows are logarithms of probabilities)"
         if bool(((rows > 0) & (rows < 1)).all()) and any(
-            self._saturates(path) for path in reversed(self.widths)
+            map(self._saturates, reversed(self.widths))
         ):
             return "sigmoid (its entries are probabilities)"
         return ""
@@ -207,77 +195,56 @@ class _Probe:
         inside = bool(((great >= 0) & (great <= 1)).all())
         return inside and bool(torch.minimum(great, 1 - great).mean() < _TOLERANCE)
 
-    def _is_one(self, values: Tensor) -> bool:
-        return bool(((values - 1).abs() < 1e-3).all())
-
-    def _is_linear(self, flipped: Tensor) -> bool:
-        """Whether a change of sign changed the result in sign only, up to a bias."""
-        total = flipped + self.output
+    def _is_odd(self, path: str | None, *, before: bool = False) -> bool:
+        """Whether a change of sign changes the result in sign only, up to a bias."""
+        total = self._rescaled(path, _FLIP, before=before) + self.output
         return self._is_close(total, total.mean(dim=0))
 
     def _is_close(self, one: Tensor, other: Tensor) -> bool:
         spread = (self.output - self.output.mean(dim=0)).norm()
         return bool((one - other).norm() <= _TOLERANCE * spread)
 
-    def _rescaled(
-        self, path: str | None, factor: float | Tensor, *, before: bool = False
-    ) -> Tensor:
+    def _rescaled(self, path: str | None, factor: Tensor, *, before: bool = False) -> Any:
+        """The result if the output (or the input) of a submodule is multiplied by a factor."""
+
         def scaled(rows: Tensor) -> Tensor:
-            return rows * (factor.to(rows) if isinstance(factor, Tensor) else factor)
+            return rows * factor.to(rows)
 
-        if path is None:
-            return cast("Tensor", self._run(scaled(self.rows)))
-        return cast("Tensor", self._run(self.rows, path=path, scaled=scaled, before=before))
-
-    def _run(
-        self,
-        rows: Tensor,
-        *,
-        watch: Callable[..., None] | None = None,
-        path: str = "",
-        scaled: Callable[[Tensor], Tensor] | None = None,
-        before: bool = False,
-    ) -> Any:
         module = _copied(self._module, parameters=False)
-        if watch is not None:
-            for name, part in module.named_modules():
-                if name:
-                    part.register_forward_hook(
-                        lambda _, *seen, path=name, do=watch: do(path, *seen)
-                    )
-        if scaled is not None and before:
-            module.get_submodule(path).register_forward_pre_hook(
-                lambda _, args: (scaled(args[0]), *args[1:])
-            )
-        elif scaled is not None:
-            module.get_submodule(path).register_forward_hook(lambda _, args, output: scaled(output))
-        # Each run draws the same numbers, should the module draw any.
-        forked = torch.random.fork_rng([rows.device] if rows.is_cuda else [])
-        with torch.no_grad(), forked, no_global_hooks():
-            return module(rows)
+        if path is None:
+            return _run(module, scaled(self.rows))
+        part = module.get_submodule(path)
+        if before:
+            part.register_forward_pre_hook(lambda _, args: (scaled(args[0]), *args[1:]))
+        else:
+            part.register_forward_hook(lambda _, args, output: scaled(output))
+        return _run(module, self.rows)
+
+
+def _run(module: nn.Module, rows: Tensor) -> Any:
+    # Each run draws the same numbers, should the module draw any.
+    forked = torch.random.fork_rng([rows.device] if rows.is_cuda else [])
+    with torch.no_grad(), forked, no_global_hooks():
+        return module(rows)
 
 
 def _copied(module: nn.Module, *, parameters: bool) -> nn.Module:
-    """A copy in training mode, without hooks.
+    """A copy in training mode, without hooks; the parameters are copied too, or shared.
 
     Half precision becomes float32: rounding would blur the comparison of outputs.
-
-    Args:
-        module: The module to copy.
-        parameters: Whether the parameters are copied too, or shared.
     """
     memo: dict[int, Any] = {}
     for part in module.modules():
         # Plain tensors as well: weight_norm leaves some with a graph, which deepcopy refuses.
         for tensor in [*part.buffers(recurse=False), *vars(part).values()]:
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                memo[id(tensor)] = _in_full_precision(tensor.detach()).clone()
+                memo[id(tensor)] = _in_full_precision(tensor)
     for parameter in module.parameters():
-        if parameters:
-            value = _in_full_precision(parameter.detach()).clone()
-            memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
-        else:
-            memo[id(parameter)] = parameter
+        memo[id(parameter)] = (
+            nn.Parameter(_in_full_precision(parameter), requires_grad=False)
+            if parameters
+            else parameter
+        )
     copy_of = copy.deepcopy(module, memo)
     for part in copy_of.modules():
         clear_hooks(part)
@@ -285,11 +252,16 @@ def _copied(module: nn.Module, *, parameters: bool) -> nn.Module:
 
 
 def _in_full_precision(tensor: Tensor) -> Tensor:
-    return widened(tensor) if tensor.is_floating_point() else tensor
+    tensor = tensor.detach()
+    return (widened(tensor) if tensor.is_floating_point() else tensor).clone()
 
 
 def _is_batch(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == _ROWS
+
+
+def _is_one(values: Tensor) -> bool:
+    return bool(((values - 1).abs() < 1e-3).all())
 
 
 def _is_unit(rows: Tensor) -> bool:

@@ -11,16 +11,7 @@ from climb_plugin.head import GaussianHead
 
 
 def check_module(role: str, module: nn.Module) -> None:
-    """Raises if a head could not train in a module, or if one is there already.
-
-    Args:
-        role: Name of the module in messages.
-        module: Student or teacher.
-
-    Raises:
-        TypeError: If ``module`` is no module.
-        ValueError: If ``module`` is wrapped or compiled, or holds a head.
-    """
+    """Raises if ``module`` is none, is wrapped or compiled, or holds a head; ``role`` names it."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{role} must be a torch module, got {type(module).__name__}.")
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -54,17 +45,16 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
                 "teacher would move with the student: build a second projection head and "
                 "teacher.load_state_dict(student.state_dict())."
             )
-    layouts = [
+    one, two = (
         [(name, tuple(p.shape)) for name, p in module.named_parameters()]
         for module in (student, teacher)
-    ]
-    if layouts[0] != layouts[1]:
-        only_student = [entry for entry in layouts[0] if entry not in layouts[1]]
-        only_teacher = [entry for entry in layouts[1] if entry not in layouts[0]]
+    )
+    if one != two:
         raise ValueError(
             "student and teacher must have the same parameters in the same order, because "
-            f"momentum updates pair them one to one; only the student has {only_student}, only "
-            f"the teacher has {only_teacher}. Build both with the same arguments."
+            "momentum updates pair them one to one; only the student has "
+            f"{[entry for entry in one if entry not in two]}, only the teacher has "
+            f"{[entry for entry in two if entry not in one]}. Build both with the same arguments."
         )
 
 

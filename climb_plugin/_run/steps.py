@@ -34,12 +34,10 @@ class Steps:
     """
 
     def __init__(self, heads: Sequence[nn.Module], priors: nn.Module) -> None:
-        self._heads = tuple(heads)
-        self._priors = priors
-        self._start()
+        self._start(tuple(heads), priors, 0)
 
-    def _start(self) -> None:
-        self._steps = 0
+    def _start(self, heads: tuple[nn.Module, ...], priors: nn.Module, steps: int) -> None:
+        self._heads, self._priors, self._steps = heads, priors, steps
         self._was_set = False
         self._fresh = False  # Whether the loss was called since the last step that counted.
         self._called = False  # The same, but kept if backward passes are counted.
@@ -50,7 +48,8 @@ class Steps:
         self._looked = False
         self._prior_checked = False
         self._leaves: list[ReferenceType[Tensor]] | None = None
-        _watch(self)
+        _register()
+        _all.add(self)
 
     @property
     def count(self) -> int:
@@ -89,15 +88,11 @@ class Steps:
         self._steps, self._skipped, self._passes = step, None, 0
 
     def loss_called(self, value: Tensor) -> None:
-        """Notes a call of the loss that trains.
-
-        Args:
-            value: The base loss; the optimiser moves leaves of the graph behind.
-        """
+        """Notes a call that trains, by the base loss: the optimiser moves leaves of its graph."""
         self._fresh = self._called = True
         self._passed = False
         if self._leaves is None:
-            own = {id(p) for p in self._parameters()} | {id(p) for p in self._priors.parameters()}
+            own = {id(p) for p in (*self._parameters(), *self._priors.parameters())}
             self._leaves = [leaf for leaf in leaves_behind(value) if id(leaf()) not in own]
 
     def backward_done(self) -> None:
@@ -109,21 +104,18 @@ class Steps:
     def optimizer_stepped(self, optimizer: Optimizer) -> None:
         """Notes a step of any optimiser of the process.
 
-        Raises:
-            RuntimeError: If the optimiser moves layers before a head that no optimiser holds.
+        Raises a RuntimeError if the optimiser moves layers before a head that no optimiser holds.
         """
         ids = _ids_in(optimizer)
         parameters = self._parameters()
         trained = [p for p in parameters if p.requires_grad]
-        if any(id(p) in ids for p in parameters) or (
-            not trained and any(id(leaf) in ids for leaf in self._upstream())
-        ):
+        if _any_in(ids, parameters) or (not trained and _any_in(ids, self._upstream())):
             self._counting = ref(optimizer)
             self._called = False
             self._passes = 0
             self._count(optimizer)
             self._check_prior(ids)
-        elif self._called and trained and self._holder_is_gone(trained) and self._moves(ids):
+        elif self._called and trained and _any_in(ids, self._upstream()):
             self._check_held(trained)
 
     def stop(self) -> None:
@@ -134,44 +126,36 @@ class Steps:
         if not self._fresh:
             return
         self._fresh = False
-        _ = self.count  # settles the step before
-        self._steps += 1
+        self._steps = self.count + 1  # settles the step before
         found_inf = getattr(optimizer, "found_inf", None)  # of a scaler and a fused optimiser
         if isinstance(found_inf, Tensor):
             self._skipped = found_inf.detach().clone()
 
-    def _holder_is_gone(self, trained: list[nn.Parameter]) -> bool:
-        holder = None if self._counting is None else self._counting()
-        return holder is None or not any(id(p) in _ids_in(holder) for p in trained)
-
-    def _moves(self, ids: set[int]) -> bool:
-        return any(id(leaf) in ids for leaf in self._upstream())
-
     def _check_held(self, trained: list[nn.Parameter]) -> None:
+        holder = None if self._counting is None else self._counting()
+        if holder is not None and _any_in(_ids_in(holder), trained):
+            return
         found = self._find(trained)
         if found is not None:  # an optimiser that steps less often
             self._counting = found
-            return
-        if gc.get_freeze_count():  # the collector does not list frozen objects
-            return
-        raise RuntimeError(
-            "the optimiser moves the projection head but not the GaussianHead in it, and no other "
-            "optimiser holds that: build the optimiser after the loss was wrapped, so that "
-            "model.parameters() holds the new parameters, or freeze the GaussianHead with "
-            "requires_grad_(False)."
-        )
+        elif not gc.get_freeze_count():  # the collector does not list frozen objects
+            raise RuntimeError(
+                "the optimiser moves the projection head but not the GaussianHead in it, and no "
+                "other optimiser holds that: build the optimiser after the loss was wrapped, so "
+                "that model.parameters() holds the new parameters, or freeze the GaussianHead with "
+                "requires_grad_(False)."
+            )
 
     def _check_prior(self, ids: set[int]) -> None:
         if self._prior_checked:
             return
         self._prior_checked = True
         learned = [p for p in self._priors.parameters() if p.requires_grad]
-        if not learned or any(id(p) in ids for p in learned) or self._find(learned) is not None:
-            return
-        warn(
-            "the prior is learned, its parameters belong to the loss, and no optimiser holds "
-            "them, so they stay as they are: add list(loss.parameters()) to the optimiser."
-        )
+        if learned and not _any_in(ids, learned) and self._find(learned) is None:
+            warn(
+                "the prior is learned, its parameters belong to the loss, and no optimiser holds "
+                "them, so they stay as they are: add list(loss.parameters()) to the optimiser."
+            )
 
     def _find(self, *wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:
         """An optimiser that holds one of these tensors; earlier arguments go first."""
@@ -191,12 +175,14 @@ class Steps:
         return [leaf for leaf in leaves if leaf is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_heads": self._heads, "_priors": self._priors, "step": self.count}
+        return {"heads": self._heads, "priors": self._priors, "steps": self.count}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._heads, self._priors = state["_heads"], state["_priors"]
-        self._start()
-        self._steps = state["step"]
+        self._start(**state)
+
+
+def _any_in(ids: set[int], tensors: Iterable[Tensor]) -> bool:
+    return any(id(tensor) in ids for tensor in tensors)
 
 
 def _ids_in(optimizer: Optimizer) -> set[int]:
@@ -205,18 +191,14 @@ def _ids_in(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in groups for parameter in group["params"]}
 
 
-def _watch(steps: Steps) -> None:
-    _register()
-    _all.add(steps)
-
-
 @cache
 def _register() -> None:
-    register_optimizer_step_post_hook(_after_step)
+    # Outside of compiled code: a compiled step would trace this hook.
+    register_optimizer_step_post_hook(
+        lambda optimizer, *_: outside_compiled_code(_after_step, optimizer)
+    )
 
 
-# Outside: a compiled step would trace this hook.
-@outside_compiled_code
-def _after_step(optimizer: Optimizer, *_: Any) -> None:
+def _after_step(optimizer: Optimizer) -> None:
     for steps in list(_all):
         steps.optimizer_stepped(optimizer)

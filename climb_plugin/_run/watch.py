@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from climb_plugin._graph.sample import Sample
 from climb_plugin._run.collapse import CollapseWatch
-from climb_plugin._run.finite import FiniteCheck
+from climb_plugin._run.deferred import DeferredFlags
+from climb_plugin._run.finite import check_finite
 from climb_plugin._run.missing import Wiring
-from climb_plugin._run.nesting import Nesting
-from climb_plugin._run.ranks import RankCheck
-from climb_plugin._run.sign import SignWatch
+from climb_plugin._run.ranks import check_ranks
 from climb_plugin._run.steps import Steps
+from climb_plugin._torch import is_batch_of_gradients, plain, without_transforms
+from climb_plugin.checks import warn
+from climb_plugin.distributed import world_size
 from climb_plugin.gaussian import Posterior
 from climb_plugin.head import GaussianHead
+
+_running = 0  # Losses of this process whose base is being called.
 
 
 class Watch:
@@ -28,6 +33,7 @@ class Watch:
     Args:
         heads: The heads of the loss.
         priors: The priors of the loss, one for each head.
+        prior: The user's name of the prior.
         check_base: Whether the base loss must be finite.
 
     Attributes:
@@ -36,23 +42,30 @@ class Watch:
     """
 
     def __init__(
-        self, heads: Sequence[GaussianHead], priors: nn.ModuleList, *, check_base: bool
+        self, heads: Sequence[GaussianHead], priors: nn.ModuleList, *, prior: str, check_base: bool
     ) -> None:
-        self.nesting = Nesting(active=bool(heads))
+        self.nesting = _Nesting(active=bool(heads))
         self.steps = Steps(heads, priors)
         self._wiring = Wiring(heads)
-        self._ranks = RankCheck(priors)
-        self._finite = FiniteCheck(check_base=check_base)
+        self._priors, self._prior, self._check_base = priors, prior, check_base
+        self._knows_ranks = False
+        self._finite = DeferredFlags()
         self._collapse = CollapseWatch()
-        self._sign = SignWatch()
+        self._signs = DeferredFlags()
+        self._warned_of_sign = False
 
-    def found(self, value: Tensor, samples: Sequence[Sequence[Sample]]) -> None:
-        """Checks the samples of each head that the value of a base loss depends on."""
+    def found(self, value: Tensor, samples: Sequence[Sequence[Sample]], needs_rate: bool) -> None:
+        """Checks a step before its rates are computed.
+
+        Args:
+            value: The value of the base loss.
+            samples: For each head the samples that the value depends on.
+            needs_rate: Whether the schedule sees the rate of each step.
+        """
         self._wiring.check(value, samples)
-
-    def begins(self, prior: str, *, needs_rate: bool) -> None:
-        """Checks a step that has posteriors, before their rates are computed."""
-        self._ranks.check(prior, needs_rate=needs_rate)
+        if not self._knows_ranks and any(samples) and world_size() > 1:
+            self._knows_ranks = True
+            check_ranks(self._priors, self._prior, needs_rate=needs_rate)
 
     def terms(
         self,
@@ -65,7 +78,7 @@ class Watch:
         posteriors: Sequence[Sequence[Posterior]],
         rates: Sequence[Tensor] | None,
     ) -> None:
-        """Checks the terms of a step, all scalars.
+        """Checks the terms of a step, detached scalars.
 
         Args:
             base: The value of the base loss.
@@ -77,21 +90,53 @@ class Watch:
             rates: For each head the rates of its samples; None if the prior compares views: such
                 rates do not tell the distance to a fixed prior.
         """
-        self._finite.check(base, rate, entropy, posteriors)
+        terms = {"base loss": base} if self._check_base else {}
+        check_finite(self._finite, {**terms, "rate": rate, "entropy": entropy}, posteriors)
         self._collapse.observe(
             base=function, value=base, beta=beta, rates=rates, posteriors=posteriors
         )
 
     def trains(self, base: Tensor, penalty: Tensor) -> None:
-        """Checks a step that will have a backward pass.
-
-        Args:
-            base: The value of the base loss, with its graph.
-            penalty: The term that beta multiplies, with its graph.
-        """
+        """Notes a step that will have a backward pass, by its terms with their graph."""
         self.steps.loss_called(base)
         penalty.register_hook(self._after_backward)
 
     def _after_backward(self, gradient: Tensor) -> None:
         self.steps.backward_done()
-        self._sign.check(gradient)
+        if self._warned_of_sign or is_batch_of_gradients(gradient):
+            return
+        try:
+            with without_transforms(), torch.no_grad():
+                negative = (plain(gradient) < 0).reshape(1)
+                self._warned_of_sign = bool(self._signs.raised(negative))
+        except RuntimeError:  # batched gradients (is_grads_batched) have no value to look at
+            return
+        if self._warned_of_sign:
+            warn(
+                "the gradient that reaches CLIMB's terms is negative, so the training maximises "
+                "the rate: the criterion stands behind a minus sign, as a similarity that is "
+                "negated. Wrap the loss that is minimised: wrap(lambda *a: -similarity(*a), ...)."
+            )
+
+
+class _Nesting:
+    """Raises if a loss with heads is called within another one: the rate would count twice."""
+
+    def __init__(self, *, active: bool) -> None:
+        self._active = active
+
+    def __enter__(self) -> None:
+        global _running
+        if not self._active or torch.compiler.is_compiling():
+            return
+        if _running:
+            raise RuntimeError(
+                "this ClimbLoss is called within the base loss of another ClimbLoss, so the rate "
+                "would count twice: wrap the whole loss once, or add up two criteria outside."
+            )
+        _running += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _running
+        if self._active and _running and not torch.compiler.is_compiling():
+            _running -= 1

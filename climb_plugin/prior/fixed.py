@@ -45,10 +45,10 @@ class LearnedPrior(Prior):
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
         """The rates in nats of the samples of all views, in a vector."""
-        prior_logvar = bound_logvar(widened(self.raw_logvar))
+        logvar = bound_logvar(widened(self.raw_logvar))
         return per_sample(
             [
-                kl_between(mean, logvar, self.mean.expand_as(mean), prior_logvar.expand_as(logvar))
-                for mean, logvar in posteriors
+                kl_between(*p, self.mean.expand_as(p.mean), logvar.expand_as(p.mean))
+                for p in posteriors
             ]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from climb_plugin.checks import checked_choice
 from climb_plugin.prior.base import Prior
 from climb_plugin.prior.fixed import LearnedPrior, StandardPrior
 from climb_plugin.prior.views import BackwardPrior, ViewPrior, checked_views
@@ -35,8 +36,8 @@ def make_priors(
         ValueError: If there is no prior of that name, a Prior has another width, ``views`` has no
             effect or is out of range, or one Prior is to serve several heads.
     """
-    if isinstance(prior, str) and prior not in PRIORS:
-        raise ValueError(f"prior must be one of {', '.join(map(repr, PRIORS))}, got {prior!r}.")
+    if isinstance(prior, str):
+        checked_choice("prior", prior, PRIORS)
     views = checked_views(views)
     if views != 1 and prior not in _PAIRED:
         raise ValueError(

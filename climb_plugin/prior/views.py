@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from climb_plugin.checks import checked_number, checked_width
+from climb_plugin.checks import checked_number, checked_width, is_whole
 from climb_plugin.gaussian import (
     LOGVAR_MAX,
     LOGVAR_MIN,
@@ -44,13 +43,9 @@ class ViewPrior(Prior):
         self.views = checked_views(views)
 
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
-        """The symmetric KLs in nats of all pairs of views of all images.
+        """One symmetric KL in nats per image and pair of views, in a vector.
 
-        Args:
-            posteriors: One per forward call; row i of each view belongs to the same image.
-
-        Returns:
-            One divergence per image and pair, in a vector.
+        Row i of each view must belong to the same image.
 
         Raises:
             ValueError: If there are fewer than two views, their shapes differ, or ``views`` does
@@ -118,9 +113,6 @@ class BackwardPrior(Prior):
         Each is the mean over the other views that serve as targets. The cost is linear in the
         number of views: the sum over targets of a quadratic is that around their mean.
 
-        Args:
-            posteriors: One per forward call; row i of each view belongs to the same image.
-
         Raises:
             ValueError: As :meth:`ViewPrior.forward`; if there are fewer views than targets.
         """
@@ -155,15 +147,12 @@ class BackwardPrior(Prior):
 def paired_views(
     posteriors: Sequence[Posterior], counts: int | Sequence[int], *, name: str
 ) -> list[Posterior]:
-    """One posterior per view, if row i of each view belongs to the same image.
+    """One posterior per view, if row i of each may belong to the same image; else a ValueError.
 
     Args:
         posteriors: One per forward call of the head.
         counts: How many views each call holds, as in :class:`ViewPrior`.
         name: Name of the prior, for messages.
-
-    Raises:
-        ValueError: As :meth:`ViewPrior.forward`.
     """
     views = _split(posteriors, counts)
     shapes = [tuple(view.mean.shape) for view in views]
@@ -185,15 +174,9 @@ def paired_views(
 
 
 def checked_views(views: int | Sequence[int]) -> int | tuple[int, ...]:
-    """The numbers of views of each call, as ints.
-
-    Raises:
-        ValueError: If one is no positive integer, or there is none.
-    """
+    """The numbers of views of each call, as ints; a ValueError if one is not positive."""
     counts = tuple(views) if isinstance(views, Sequence) else (views,)
-    if not counts or any(
-        isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in counts
-    ):
+    if not counts or not all(is_whole(count) and count > 0 for count in counts):
         raise ValueError(f"views must be a positive int, or some of them, got {views!r}.")
     whole = tuple(int(count) for count in counts)
     return whole if isinstance(views, Sequence) else whole[0]

@@ -64,12 +64,7 @@ class Schedule:
         """Restores a :meth:`state`, or raises a ValueError and changes nothing."""
 
     def belong_to(self, owner: object, *, free_nats: float) -> None:
-        """Tells the schedule which loss's rate it sees; may raise.
-
-        Args:
-            owner: Stands for the loss.
-            free_nats: Nats of that rate that cost nothing.
-        """
+        """Tells which loss's rate, and how many free nats of it, the schedule sees; may raise."""
 
     @property
     def needs_length(self) -> bool:
@@ -144,10 +139,8 @@ def as_schedule(beta: float | Schedule | Callable[[int], float | Tensor]) -> Sch
 def beta_at(schedule: Schedule, step: int) -> float | Tensor:
     """Beta of a schedule at a step: a number, or a detached scalar tensor.
 
-    Raises:
-        TypeError: If the schedule returns neither a number nor a tensor.
-        ValueError: If a number is negative or not finite, or a tensor is no scalar. (The value of
-            a tensor is not looked at, which would wait for the device.)
+    Raises a TypeError or ValueError if the schedule returns anything else, or a number that is
+    negative or not finite. (To look at the value of a tensor would wait for the device.)
     """
     beta = schedule(step)
     if not isinstance(beta, Tensor):
@@ -161,12 +154,7 @@ def beta_at(schedule: Schedule, step: int) -> float | Tensor:
 
 
 def checked_beta(name: str, value: float) -> float:
-    """``value`` as a float, if fit for a beta; messages call the value ``name``.
-
-    Raises:
-        TypeError: If the value is no number.
-        ValueError: If the value is negative or not finite.
-    """
+    """``value`` as a float; a TypeError if no number, a ValueError if unfit for a beta."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
     return checked_number(name, value)

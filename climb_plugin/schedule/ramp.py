@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from numbers import Integral
 
-from climb_plugin.checks import is_number
+from climb_plugin.checks import is_number, is_whole
 from climb_plugin.schedule.base import Schedule, checked_beta
 
 _SHAPES: dict[str, Callable[[float, float, float], float]] = {
@@ -67,18 +66,17 @@ class Ramp(Schedule):
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}.")
-        object.__setattr__(self, "beta", checked_beta("beta", self.beta))
-        object.__setattr__(self, "start", checked_beta("start", self.start))
+        for name in ("beta", "start"):
+            object.__setattr__(self, name, checked_beta(name, getattr(self, name)))
         for name in ("warmup", "delay"):
             object.__setattr__(self, name, _checked_duration(name, getattr(self, name)))
         if self.total_steps is not None:
-            if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, Integral):
+            if not is_whole(self.total_steps):
                 raise TypeError(f"total_steps must be an int, got {self.total_steps!r}.")
             if self.total_steps < 1:
                 raise ValueError(f"total_steps must be 1 or more, got {self.total_steps}.")
             object.__setattr__(self, "total_steps", int(self.total_steps))
-        fractions = [d for d in (self.warmup, self.delay) if isinstance(d, float)]
-        if sum(fractions) > 1:
+        if sum(d for d in (self.warmup, self.delay) if isinstance(d, float)) > 1:
             raise ValueError(
                 f"warmup={self.warmup} and delay={self.delay} are more than the whole training."
             )
@@ -87,21 +85,19 @@ class Ramp(Schedule):
                 f"an exponential ramp needs start and beta above 0, got start={self.start} and "
                 f"beta={self.beta}."
             )
-        if self._total and self._steps("delay") + self._steps("warmup") > self._total:
+        if self._total:
             end = self._steps("delay") + self._steps("warmup")
-            raise ValueError(
-                f"the warm-up ends at step {end}, after the {self._total} steps of the training: "
-                f"beta would never reach {self.beta}. Shorten warmup or delay."
-            )
+            if end > self._total:
+                raise ValueError(
+                    f"the warm-up ends at step {end}, after the {self._total} steps of the "
+                    f"training: beta would never reach {self.beta}. Shorten warmup or delay."
+                )
 
     @property
     def needs_length(self) -> bool:
         """Whether ``warmup`` or ``delay`` is a fraction, and no ``total_steps`` is given."""
-        return (
-            self.total_steps is None
-            and not self.warmup == self.delay == 0
-            and any(isinstance(duration, float) for duration in (self.warmup, self.delay))
-        )
+        fractions = isinstance(self.warmup, float) or isinstance(self.delay, float)
+        return self.total_steps is None and fractions and not self.warmup == self.delay == 0
 
     def __call__(self, step: int) -> float:
         """Beta at optimiser step ``step``, counted from 0."""
@@ -140,7 +136,7 @@ Exponential = partial(Ramp, shape="exponential", start=1e-6)
 def _checked_duration(name: str, value: int | float) -> int | float:
     if not is_number(value):
         raise TypeError(f"{name} must be an int (steps) or a float (fraction), got {value!r}.")
-    whole = isinstance(value, Integral)
+    whole = is_whole(value)
     if value < 0 or (not whole and not value < 1):
         raise ValueError(
             f"{name} must be an int of steps (0 or more) or a fraction in [0, 1), got {value}."

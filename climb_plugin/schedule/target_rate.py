@@ -74,8 +74,7 @@ class TargetRate(Schedule):
         speed: float = 0.02,
     ) -> None:
         least, most = bounds
-        positive = {"nats": nats, "beta": beta, "speed": speed, "bounds": least}
-        for name, value in positive.items():
+        for name, value in {"nats": nats, "beta": beta, "speed": speed, "bounds": least}.items():
             if checked_number(name, value) == 0:
                 raise ValueError(f"{name} must be above 0, got {value}.")
         if not least <= beta <= checked_number("bounds", most):
@@ -95,8 +94,8 @@ class TargetRate(Schedule):
         """Begins anew: the beta adapted to another loss is of no use to this one.
 
         Raises:
-            ValueError: If the schedule belongs to another loss that is alive, or the target lies
-                within the free nats.
+            ValueError: If the schedule belongs to another loss, or the target is within the free
+                nats.
         """
         if self.nats <= free_nats:
             raise ValueError(
@@ -138,11 +137,7 @@ class TargetRate(Schedule):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores a :meth:`state`.
-
-        Raises:
-            ValueError: If ``state`` is something else, or a number in it is not finite.
-        """
+        """Restores a :meth:`state`; a ValueError if that is damaged."""
         try:
             before, log_beta = state["before"], state["log_beta"]
             whole = all(math.isfinite(value) for value in (log_beta, before or 0.0))
