@@ -12,24 +12,9 @@ from climb_plugin.wrap import unwrap, wrap
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ClimbLoss",
-    "ClimbTerms",
-    "GaussianHead",
-    "TargetRate",
-    "__version__",
-    "unwrap",
-    "wrap",
-]
+__all__ = ["ClimbLoss", "ClimbTerms", "GaussianHead", "TargetRate", "__version__", "unwrap", "wrap"]
 
 # Plain values: named here, they can be in a checkpoint that loads with weights_only=True.
 torch.serialization.add_safe_globals(
-    [
-        ClimbTerms,
-        Constant,
-        Measurements,
-        Posterior,
-        Ramp,
-        TargetRate,
-    ]
+    [ClimbTerms, Constant, Measurements, Posterior, Ramp, TargetRate]
 )

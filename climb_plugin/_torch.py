@@ -1,7 +1,7 @@
 """Holds every private name of torch that this package uses, with the reason for each.
 
-Nothing else in the package may use a name of torch that begins with an underscore. One test calls
-all functions here, so that a release of torch without a name is noticed by that name.
+None has a public twin. Nothing else in the package may use a name of torch that begins with an
+underscore. One test calls all functions here: a release of torch without a name is noticed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from torch.utils import _python_dispatch
 
 
 def backward_pass() -> int | None:
-    """The number of the backward pass that is running in this thread, if one is.
-
-    torch.utils.checkpoint asks the same; there is no public name.
-    """
+    """The number of the backward pass that runs in this thread; torch.utils.checkpoint asks too."""
     number = torch._C._current_graph_task_id()
     return None if number == -1 else number
 
@@ -30,16 +27,13 @@ def backward_pass() -> int | None:
 def graph_is_kept() -> bool:
     """Whether the running backward pass leaves the graph alive (retain_graph, create_graph).
 
-    There is no public name. Without this one, a hook on the saved tensors would have to tell.
+    Without this one, a hook on the saved tensors would have to tell.
     """
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def sequence_number(node: Node) -> int:
-    """The place of a node among all nodes of its thread; 2**64 - 1 for an AccumulateGrad.
-
-    The profiler reads the same number; torch has no public name.
-    """
+    """The place of a node among those of its thread, as in profiles; 2**64 - 1: AccumulateGrad."""
     return node._sequence_nr()
 
 
@@ -57,10 +51,7 @@ def in_function_forward() -> bool:
 
 
 def transforms_active() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, is at work.
-
-    torch.autograd.Function asks the same; there is no public name.
-    """
+    """Whether torch.func or forward-mode differentiation is at work; autograd.Function asks too."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
@@ -73,7 +64,7 @@ def without_modes() -> AbstractContextManager[Any]:
     """Hides the operations within from the modes that watch every operation.
 
     Selective checkpointing is such a mode, and refuses operations of the second run that the first
-    did not have. There is no public name.
+    did not have.
     """
     return _python_dispatch._disable_current_modes()
 
@@ -91,8 +82,7 @@ def is_batched(tensor: Tensor) -> bool:
 def is_batch_of_gradients(tensor: Tensor) -> bool:
     """Whether the tensor comes from ``torch.autograd.grad(..., is_grads_batched=True)``.
 
-    That uses an older vmap, which torch.func does not know; few functions take such tensors. There
-    is no public name.
+    That uses an older vmap, which torch.func does not know; few functions take such tensors.
     """
     batched = torch._C._dispatch_key_parse("Batched")
     return bool(torch._C._dispatch_keys(tensor).has(batched))
@@ -138,10 +128,7 @@ def clear_hooks(module: nn.Module) -> None:
 @contextmanager
 def no_global_hooks() -> Iterator[None]:
     """Keeps hooks that were registered for all modules from running."""
-    tables = [
-        _module._global_forward_hooks,
-        _module._global_forward_pre_hooks,
-    ]
+    tables = [_module._global_forward_hooks, _module._global_forward_pre_hooks]
     kept = [dict(table) for table in tables]
     for table in tables:
         table.clear()

@@ -28,10 +28,10 @@ def is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def checked_number(name: str, value: float) -> float:
+def checked_number(name: str, value: float, *, kind: str = "a number") -> float:
     """``value`` as a float; a TypeError if no number, a ValueError if negative or not finite."""
     if not is_number(value):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
+        raise TypeError(f"{name} must be {kind}, got {value!r}.")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and not negative, got {value}.")
     return float(value)

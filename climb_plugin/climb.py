@@ -86,13 +86,7 @@ class Climb:
 
     @property
     def schedule(self) -> Schedule:
-        """Beta over the optimiser steps; can be set, to a number too.
-
-        Raises:
-            TypeError: If set to neither a number nor a schedule.
-            ValueError: If a number is out of range, or there is no head to act on; if a target rate
-                lies within the free nats or belongs to another loss.
-        """
+        """Beta over the optimiser steps; can be set, to a number too; checked as at first."""
         return self._schedule
 
     @schedule.setter
@@ -112,11 +106,7 @@ class Climb:
         """Lays the schedule over a training; the state of the schedule is kept.
 
         Args:
-            total_steps: As in :meth:`~climb_plugin.schedule.base.Schedule.over`.
-
-        Raises:
-            TypeError: If the schedule's ``over`` returns something else.
-            ValueError: If the schedule does not fit into the training.
+            total_steps: As in :meth:`~climb_plugin.schedule.base.Schedule.over`, which may raise.
         """
         laid, rates = self.schedule.over(total_steps), self._rates
         if not isinstance(laid, Schedule):
@@ -162,13 +152,9 @@ class Climb:
         return self.watch.steps.count
 
     def set_step(self, step: int) -> None:
-        """Says where the count of optimiser steps stands; the count goes on from there.
+        """Says where the count of optimiser steps stands, an int; the count goes on from there.
 
-        Backward passes count if the optimiser is none of torch's; there call set_step before each
-        step.
-
-        Raises:
-            ValueError: If ``step`` is not an int of 0 or more.
+        Backward passes count if the optimiser is none of torch's; there set each step.
         """
         self.watch.steps.set_to(checked_step(step))
 

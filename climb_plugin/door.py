@@ -16,6 +16,8 @@ from climb_plugin.head import GaussianHead
 
 _METADATA = "climb"
 _OWN = frozenset({"base", "climb", "climb_priors"})
+# Methods that register on the base, if that is a module.
+_REGISTERS = frozenset({"register_buffer", "register_parameter", "register_module", "add_module"})
 # Names of all torch modules (type, half, ...), by which a base may mean something else.
 _OF_TORCH = frozenset(name for name in dir(nn.Module) if not name.startswith("_")) - {"forward"}
 
@@ -66,7 +68,8 @@ class Door(nn.Module):
     def __getattribute__(self, name: str) -> Any:
         if name in _OF_TORCH:
             base = _base_of(self)
-            if name != "training" and name in getattr(base, "__dict__", ()):
+            registers = name in _REGISTERS and isinstance(base, nn.Module)
+            if registers or (name != "training" and name in getattr(base, "__dict__", ())):
                 return getattr(base, name)
         return super().__getattribute__(name)
 
@@ -107,18 +110,6 @@ class Door(nn.Module):
         own: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
         return sorted({*own, *dir(_base_of(self))})
 
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Registers the buffer on the base, if that is a module."""
-        self._owner().register_buffer(name, tensor, persistent)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Registers the parameter on the base, if that is a module."""
-        self._owner().register_parameter(name, param)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Adds ``module`` to the base, if that is a module."""
-        self._owner().add_module(name, module)
-
     def get_buffer(self, target: str) -> Tensor:
         """A buffer of the base, or of the criterion under one of CLIMB's own names."""
         found: Tensor = self._owner(target).get_buffer(target)
@@ -129,8 +120,7 @@ class Door(nn.Module):
         found: nn.Parameter = self._owner(target).get_parameter(target)
         return found
 
-    def _owner(self, target: str = "") -> Any:
-        """The module that holds buffers, parameters and submodules."""
+    def _owner(self, target: str) -> Any:
         base = _base_of(self)
         is_bases = isinstance(base, nn.Module) and target.split(".")[0] not in _OWN
         return base if is_bases else super()
@@ -156,7 +146,7 @@ class Door(nn.Module):
         if not heads:
             return value
         if _depends(value, heads):
-            raise AttributeError(_past_the_door(name, f"criterion.base.{name}"))
+            raise AttributeError(_past_the_door(name))
         method = inspect.getattr_static(type(self.base), name, None)
         if not isinstance(method, (FunctionType, staticmethod, classmethod)):
             return value
@@ -165,7 +155,7 @@ class Door(nn.Module):
         def guarded(*args: Any, **kwargs: Any) -> Any:
             result = value(*args, **kwargs)
             if _depends(result, heads):
-                raise RuntimeError(_past_the_door(name, f"criterion.base.{name}(...)"))
+                raise RuntimeError(_past_the_door(name, "(...)"))
             return result
 
         return guarded
@@ -212,10 +202,11 @@ def _clash(name: str) -> str:
     )
 
 
-def _past_the_door(name: str, instead: str) -> str:
+def _past_the_door(name: str, call: str = "") -> str:
     return (
         f"{name} of the base loss depends on a sample of a GaussianHead, and would go without its "
-        f"rate: train on criterion(...). To look at it alone, for a log, take {instead}."
+        f"rate: train on criterion(...). To look at it alone, for a log, take "
+        f"criterion.base.{name}{call}."
     )
 
 
@@ -226,11 +217,11 @@ def _depends(value: Any, heads: set[GaussianHead]) -> bool:
 def _tensors(result: Any) -> Iterator[Tensor]:
     if isinstance(result, Tensor):
         yield result
-    elif isinstance(result, Mapping):
-        for item in result.values():
-            yield from _tensors(item)
-    elif isinstance(result, (list, tuple)):
+        return
+    if isinstance(result, Mapping):
+        result = list(result.values())
+    elif hasattr(result, "__dataclass_fields__"):
+        result = list(vars(result).values())
+    if isinstance(result, (list, tuple)):
         for item in result:
             yield from _tensors(item)
-    elif hasattr(result, "__dataclass_fields__"):
-        yield from _tensors(vars(result))

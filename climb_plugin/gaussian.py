@@ -56,7 +56,7 @@ def checked(*tensors: Tensor) -> tuple[Tensor, ...]:
         )
     if len(shapes[0]) < 2:
         raise ValueError(f"expected shape (..., B, D), got {shapes[0]}: add a batch dimension.")
-    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    is_double = torch.float64 in [tensor.dtype for tensor in tensors]
     return tuple([tensor.to(torch.float64 if is_double else torch.float32) for tensor in tensors])
 
 

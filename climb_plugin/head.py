@@ -31,7 +31,7 @@ class GaussianHead(nn.Module):
 
     ``GaussianHead(dim)`` takes the embedding as the mean, so the wrapped model computes the same as
     before, up to noise of ``init_std``. ``GaussianHead(in_features, out_features)`` learns a linear
-    mean. Both learn the log-variance, by default as a linear function of the embedding.
+    mean. Both learn the log-variance.
 
     The noise follows ``torch.manual_seed`` and leaves torch's own random numbers untouched. No two
     calls share noise, of one head or several. Building a head restarts the noise, so that a run
@@ -60,10 +60,8 @@ class GaussianHead(nn.Module):
     Examples:
         >>> head = GaussianHead(256)
         >>> embedding = torch.randn(8, 256)
-        >>> head(embedding).shape
-        torch.Size([8, 256])
-        >>> torch.equal(head.eval()(embedding), embedding)
-        True
+        >>> head(embedding).shape, torch.equal(head.eval()(embedding), embedding)
+        (torch.Size([8, 256]), True)
     """
 
     def __init__(
@@ -107,10 +105,7 @@ class GaussianHead(nn.Module):
             return cast("Tensor", self.mean(widened(embedding))).to(embedding.dtype)
 
     def posterior(self, embedding: Tensor) -> Posterior:
-        """Mean and log-variance, in float32 or float64; draws nothing.
-
-        Args:
-            embedding: Of shape (..., B, in_features).
+        """Mean and log-variance of (..., B, in_features), in float32 or float64; draws nothing.
 
         Raises:
             TypeError: If ``embedding`` is not a floating-point tensor.

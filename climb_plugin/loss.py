@@ -47,16 +47,14 @@ class ClimbLoss(Door):
             heads add up. The result of :func:`~climb_plugin.attach.attach` counts as a head.
         beta: As in :class:`~climb_plugin.settings.Settings`, like the next four.
         alpha: Weight of the conditional entropy.
-        prior: The distribution that the rate is measured to; with several heads a function makes
-            one for each.
+        prior: The distribution that the rate is measured to; for several heads a name or function.
         views: How many views each forward call of a head holds.
         free_nats: Nats that cost nothing.
         check_base: Whether a NaN or infinite base loss raises. False for a host that lives with one
             (solo-learn's deepclusterv2, in its first epoch); rate and entropy are checked anyway.
 
     Raises:
-        TypeError: If ``base`` is not callable, ``heads`` are not heads, or an option has the wrong
-            type.
+        TypeError: If an argument has the wrong type.
         ValueError: If ``base`` is or holds a ClimbLoss; if an option is out of range; if there is
             no head while beta is not 0; if a target rate lies within the free nats, or belongs to
             another loss.
@@ -113,10 +111,7 @@ class ClimbLoss(Door):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The base loss of these arguments, passed on verbatim, plus the bottleneck.
-
-        Returns:
-            A scalar tensor; a tensor with one element if the base returns one.
+        """The base loss of these arguments, passed on verbatim, plus the bottleneck: one element.
 
         Raises:
             RuntimeError: If the base loss depends on no sample of a head that trains; if a target
@@ -124,8 +119,7 @@ class ClimbLoss(Door):
             TypeError: If the base loss returns no tensor.
             ValueError: If the base loss returns more than a scalar; if a prior that compares views
                 finds views that do not pair up; if a term is NaN or infinite: the message names the
-                term. On CUDA this error comes a step or so late, as the check does not wait for the
-                device.
+                term (on CUDA a step or so late, as the check does not wait for the device).
         """
         with self.climb.watch.nesting:
             value = checked_scalar(self.base(*args, **kwargs))
@@ -134,10 +128,9 @@ class ClimbLoss(Door):
     def climb_state(self) -> dict[str, Any]:
         """Step, settings and noise position for a resumed run, in numbers and strings.
 
-        The state dict has them in its metadata. torch.distributed.checkpoint drops the metadata of
-        state dicts: keep this beside such a checkpoint, or where a host saves no loss. Waits for
-        the device if beta lives there. To resume to the bit, save torch's random state at the same
-        moment.
+        The state dict has them in its metadata, which torch.distributed.checkpoint drops: keep this
+        beside such a checkpoint, or where a host saves no loss. Waits for the device if beta lives
+        there. To resume to the bit, save torch's random state at the same moment.
         """
         state: dict[str, Any] = self.climb.state()
         return state
@@ -157,19 +150,12 @@ class ClimbLoss(Door):
 
 
 class Bottleneck(NamedTuple):
-    """The result of :func:`bottleneck`, with its graph.
-
-    Attributes:
-        rate: Nats, a scalar.
-        entropy: The conditional entropy in nats, a scalar.
-        penalty: The term that beta multiplies: the rate above the free nats + alpha * entropy.
-        rates: For each head the rates of its samples, each a vector.
-    """
+    """The result of :func:`bottleneck`, with its graph; all but ``rates`` are scalars in nats."""
 
     rate: Tensor
-    entropy: Tensor
-    penalty: Tensor
-    rates: list[Tensor]
+    entropy: Tensor  # conditional
+    penalty: Tensor  # what beta multiplies: the rate above the free nats + alpha * entropy
+    rates: list[Tensor]  # for each head the rates of its samples, a vector
 
 
 def bottleneck(
@@ -194,9 +180,8 @@ def bottleneck(
         ValueError: If a prior returns no vector of numbers, or one without a gradient.
 
     Examples:
-        >>> from climb_plugin.prior import StandardPrior
         >>> posterior = Posterior(torch.ones(2, 4), torch.zeros(2, 4))
-        >>> bottleneck([StandardPrior()], [[posterior]]).rate
+        >>> bottleneck(make_priors("standard", [4]), [[posterior]]).rate
         tensor(2.)
     """
     rates = [_rates(prior, views) for prior, views in zip(priors, posteriors, strict=True)]
@@ -262,7 +247,7 @@ def _with_bottleneck(climb: Climb, base: Callable[..., Tensor], value: Tensor) -
     climb.show(terms, is_regularised=True)
     if climb.watches:
         fixed = None if any(prior.compares_views for prior in priors) else added.rates
-        climb.watch.terms(*terms[1:4], beta=beta, function=base, posteriors=posteriors, rates=fixed)
+        climb.watch.terms(terms, posteriors, fixed, base)
     if added.penalty.requires_grad:
         climb.trains(scalar, added.penalty)
     # FSDP warns if a module that it shards returns a reshaped alias of another tensor.

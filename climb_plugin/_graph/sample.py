@@ -18,7 +18,6 @@ from torch.autograd import Function
 from torch.autograd.graph import Node
 
 from climb_plugin._graph import noise
-from climb_plugin._graph.second_run import Fingerprint, seed_of_first_run
 from climb_plugin._torch import (
     backward_pass,
     graph_is_kept,
@@ -43,7 +42,9 @@ _freed: tuple[int | None, WeakSet[Sample]] = (None, WeakSet())
 class Sample:
     """A draw of a head; the autograd node of the sample holds this object."""
 
-    def __init__(self, head: GaussianHead, posterior: Posterior, fingerprint: Fingerprint) -> None:
+    def __init__(
+        self, head: GaussianHead, posterior: Posterior, fingerprint: noise.Fingerprint
+    ) -> None:
         self.head = head
         self.number = next(_numbers)  # Place among all draws of this process.
         self.posterior: Posterior | None = posterior  # None once a backward pass freed the graph.
@@ -53,7 +54,7 @@ class Sample:
         self.thread = threading.get_ident()
         self.sequence = 0  # The sequence number of the node, which numbers the thread's nodes.
         if self.is_second_run:
-            self.seed = seed_of_first_run(fingerprint, _first_runs(head))
+            self.seed = noise.seed_of_first_run(fingerprint, _first_runs(head))
         else:
             self.seed = noise.next_seed(_seeds)
             _seeds[self.seed] = self
@@ -91,7 +92,7 @@ class Sample:
 
 def draw(head: GaussianHead, embedding: Tensor, posterior: Posterior) -> Tensor:
     """Draws a sample of ``posterior``; the autograd node of the sample holds the posterior."""
-    sample = Sample(head, posterior, Fingerprint(embedding))
+    sample = Sample(head, posterior, noise.Fingerprint(embedding))
     mean, logvar = posterior
     normal = noise.normal(sample.seed, mean)
     if transforms_active():

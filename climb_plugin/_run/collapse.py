@@ -14,22 +14,14 @@ from climb_plugin.checks import warn
 from climb_plugin.gaussian import Posterior
 from climb_plugin.monitor import nats_to_bits, normalized_std, signal_to_noise
 
-EVERY = 50
-"""Posteriors are checked once in this many calls."""
-POSTERIOR_CHECKS = 4
-"""So many checks in a row must find the posterior collapsed: 200 calls."""
-BASE_CHECKS = 20
-"""So many in a row must find the base collapsed: 1000 calls, as its loss may start near ln K."""
-SIGNAL_NATS = 0.1
-"""Samples that carry less than this in all dimensions together do not tell images apart."""
-PRIOR_NATS = 0.1
-"""A posterior whose rate per dimension is below this is near the prior."""
-OFF_PRIOR_NATS = 0.5
-"""A rate per dimension above this shows that CLIMB does not hold an embedding in one place."""
-POINT_STD = 0.05
-"""Below this spread (mean cosine above 0.997) the embedding is one point."""
-PINNED_NATS = 0.05
-"""A base loss that is this close to ln K is pinned there."""
+EVERY = 50  # calls: posteriors are checked once in so many
+POSTERIOR_CHECKS = 4  # in a row must find the posterior collapsed: 200 calls
+BASE_CHECKS = 20  # in a row must find the base collapsed: 1000 calls; its loss may start near ln K
+SIGNAL_NATS = 0.1  # Samples with less, in all dimensions together, do not tell images apart.
+PRIOR_NATS = 0.1  # A posterior with a rate per dimension below is near the prior.
+OFF_PRIOR_NATS = 0.5  # A rate per dimension above shows that CLIMB holds no embedding in one place.
+POINT_STD = 0.05  # Below this spread (mean cosine above 0.997) the embedding is one point.
+PINNED_NATS = 0.05  # A base loss that is this close to ln K is pinned there.
 
 
 class CollapseWatch:
@@ -64,12 +56,8 @@ class CollapseWatch:
     ) -> None:
         """Checks one training step; warns of a collapse that is known by now.
 
-        Args:
-            base: The base loss; K is the width of its ``center``, if there is one.
-            value: The value of the base loss, a scalar.
-            beta: The weight in force.
-            rates: For each head the rates of its samples; None if the prior compares views.
-            posteriors: For each head its posteriors, each of shape (..., B, D).
+        ``value`` is that of ``base``; rates and posteriors are per head, the rates None if the
+        prior compares views.
         """
         self._calls += 1
         if self._calls % EVERY or len(self._warned) == 2:

@@ -26,12 +26,7 @@ _all: WeakSet[Steps] = WeakSet()
 
 
 class Steps:
-    """The optimiser steps of one loss.
-
-    Args:
-        heads: Modules whose parameters an optimiser should hold.
-        priors: Modules of the loss whose parameters an optimiser should hold as well.
-    """
+    """The optimiser steps of one loss; an optimiser should hold its heads and its priors."""
 
     def __init__(self, heads: Sequence[nn.Module], priors: nn.Module) -> None:
         self._start(tuple(heads), priors, 0)

@@ -6,7 +6,7 @@ import nothing else of this folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +14,23 @@ from torch import Tensor, nn
 from climb_plugin._graph.sample import Sample
 from climb_plugin._run.collapse import CollapseWatch
 from climb_plugin._run.deferred import DeferredFlags
-from climb_plugin._run.finite import check_finite
+from climb_plugin._run.living import living
 from climb_plugin._run.missing import Wiring
-from climb_plugin._run.ranks import check_ranks
 from climb_plugin._run.steps import Steps
-from climb_plugin._torch import is_batch_of_gradients, plain, without_transforms
+from climb_plugin._torch import is_batch_of_gradients, joins, plain, without_transforms
 from climb_plugin.checks import warn
 from climb_plugin.distributed import world_size
 from climb_plugin.gaussian import Posterior
 from climb_plugin.head import GaussianHead
+from climb_plugin.terms import ClimbTerms
 
+# By name: importing torch's FSDP takes time, which a run without FSDP need not spend.
+_AVERAGING = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
 _running = 0  # Losses of this process whose base is being called.
 
 
 class Watch:
-    """All checks of one loss.
-
-    Args:
-        heads: The heads of the loss.
-        priors: The priors of the loss, one for each head.
-        prior: The user's name of the prior.
-        check_base: Whether the base loss must be finite.
-
-    Attributes:
-        nesting: Surrounds the call of the base loss.
-        steps: Counts the optimiser steps.
-    """
+    """All checks of one loss: ``nesting`` surrounds the call of the base, ``steps`` counts."""
 
     def __init__(
         self, heads: Sequence[GaussianHead], priors: nn.ModuleList, *, prior: str, check_base: bool
@@ -55,45 +46,34 @@ class Watch:
         self._warned_of_sign = False
 
     def found(self, value: Tensor, samples: Sequence[Sequence[Sample]], needs_rate: bool) -> None:
-        """Checks a step before its rates are computed.
-
-        Args:
-            value: The value of the base loss.
-            samples: For each head the samples that the value depends on.
-            needs_rate: Whether the schedule sees the rate of each step.
-        """
+        """Checks a step, by the samples of each head behind the base loss, before the numbers."""
         self._wiring.check(value, samples)
         if not self._knows_ranks and any(samples) and world_size() > 1:
             self._knows_ranks = True
-            check_ranks(self._priors, self._prior, needs_rate=needs_rate)
+            _check_ranks(self._priors, self._prior, needs_rate=needs_rate)
 
     def terms(
         self,
-        base: Tensor,
-        rate: Tensor,
-        entropy: Tensor,
-        *,
-        beta: float | Tensor,
-        function: Callable[..., Tensor],
+        terms: ClimbTerms,
         posteriors: Sequence[Sequence[Posterior]],
         rates: Sequence[Tensor] | None,
+        base: Callable[..., Tensor],
     ) -> None:
-        """Checks the terms of a step, detached scalars.
+        """Checks the terms of a step.
 
         Args:
-            base: The value of the base loss.
-            rate: The rate.
-            entropy: The conditional entropy.
-            beta: Their weight.
-            function: The base loss.
+            terms: Of the step.
             posteriors: For each head its posteriors.
             rates: For each head the rates of its samples; None if the prior compares views: such
                 rates do not tell the distance to a fixed prior.
+            base: The base loss.
         """
-        terms = {"base loss": base} if self._check_base else {}
-        check_finite(self._finite, {**terms, "rate": rate, "entropy": entropy}, posteriors)
+        named = {"base loss": terms.base} if self._check_base else {}
+        _check_finite(
+            self._finite, {**named, "rate": terms.rate, "entropy": terms.entropy}, posteriors
+        )
         self._collapse.observe(
-            base=function, value=base, beta=beta, rates=rates, posteriors=posteriors
+            base=base, value=terms.base, beta=terms.beta, rates=rates, posteriors=posteriors
         )
 
     def trains(self, base: Tensor, penalty: Tensor) -> None:
@@ -140,3 +120,47 @@ class _Nesting:
         global _running
         if self._active and _running and not torch.compiler.is_compiling():
             _running -= 1
+
+
+def _check_finite(
+    flags: DeferredFlags, terms: Mapping[str, Tensor], posteriors: Sequence[Sequence[Posterior]]
+) -> None:
+    """Raises if a term is known by now not to be finite: on CUDA a call or so late."""
+    values = torch.stack([term.to(terms["rate"]) for term in terms.values()])
+    bad = flags.raised(~torch.isfinite(values))
+    if not bad:
+        return
+    names = list(terms)
+    causes = [
+        f"the {name} of heads[{i}], view {j}, has {count} non-finite values"
+        for i, views in enumerate(posteriors)
+        for j, view in enumerate(views)
+        for name, tensor in (("embedding or its mean", view.mean), ("logvar", view.logvar))
+        if (count := int((~torch.isfinite(tensor)).sum()))
+    ]
+    said = ", ".join(f"{names[i]} (now {float(values[i])})" for i in bad)
+    raise ValueError(
+        f"not finite: {'; '.join([said, *causes])}. Lower the learning rate, leave float16, or "
+        "look for the first NaN with torch.autograd.set_detect_anomaly(True)."
+    )
+
+
+def _check_ranks(priors: nn.Module, name: str, *, needs_rate: bool) -> None:
+    """Finds learned priors whose gradients nothing averages, and ranks that may stop early."""
+    if not needs_rate and not any(True for _ in priors.parameters()):
+        return
+    # Nothing but the garbage collector lists the modules that average gradients over the ranks.
+    wrappers = living(lambda kind: any(base.__name__ in _AVERAGING for base in kind.__mro__))
+    averaged = {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
+    if not averaged.issuperset(map(id, priors.parameters())):
+        warn(
+            f"prior={name!r} is learned, and no DistributedDataParallel or FSDP module holds this "
+            "loss: each rank trains a prior of its own. Put model and loss into one module that "
+            "returns the loss, and wrap and call that."
+        )
+    if needs_rate and any(joins(wrapper) for wrapper in wrappers):
+        raise RuntimeError(
+            "a target rate is averaged over all ranks in every step, and within "
+            "DistributedDataParallel.join() a rank may run out of steps: use a beta or a "
+            "schedule, or drop_last=True and as many batches on every rank instead of join()."
+        )

@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from climb_plugin.checks import checked_number, is_number
+from climb_plugin.checks import checked_number
+
+BETA = "a number or a schedule"
+"""A beta, in messages."""
 
 
 class Schedule:
@@ -99,7 +102,7 @@ class Constant(Schedule):
     is_constant = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "beta", checked_beta("beta", self.beta))
+        object.__setattr__(self, "beta", checked_number("beta", self.beta, kind=BETA))
 
     def __call__(self, step: int) -> float:
         """Beta at any step."""
@@ -144,17 +147,10 @@ def beta_at(schedule: Schedule, step: int) -> float | Tensor:
     """
     beta = schedule(step)
     if not isinstance(beta, Tensor):
-        return checked_beta("the schedule's beta", beta)
+        return checked_number("the schedule's beta", beta, kind=BETA)
     if beta.numel() != 1:
         raise ValueError(
             f"the beta of {schedule!r} must be a number or a scalar tensor, got shape "
             f"{tuple(beta.shape)}."
         )
     return beta.detach().reshape(())
-
-
-def checked_beta(name: str, value: float) -> float:
-    """``value`` as a float; a TypeError if no number, a ValueError if unfit for a beta."""
-    if not is_number(value):
-        raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
-    return checked_number(name, value)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from climb_plugin.checks import is_number, is_whole
-from climb_plugin.schedule.base import Schedule, checked_beta
+from climb_plugin.checks import checked_number, is_number, is_whole
+from climb_plugin.schedule.base import BETA, Schedule
 
 _SHAPES: dict[str, Callable[[float, float, float], float]] = {
     "linear": lambda start, end, part: start + (end - start) * part,
@@ -67,7 +67,7 @@ class Ramp(Schedule):
         if self.shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {self.shape!r}.")
         for name in ("beta", "start"):
-            object.__setattr__(self, name, checked_beta(name, getattr(self, name)))
+            object.__setattr__(self, name, checked_number(name, getattr(self, name), kind=BETA))
         for name in ("warmup", "delay"):
             object.__setattr__(self, name, _checked_duration(name, getattr(self, name)))
         if self.total_steps is not None:

@@ -31,15 +31,13 @@ class TargetRate(Schedule):
     1). The second part damps: beta rests while the error shrinks by the fraction speed / 3 per
     step, and goes back while the error shrinks faster. Mean and std follow beta slowly, at the pace
     of the optimiser; without damping beta would grow meanwhile, and the rate fall far too low. The
-    smoothed rate arrives; single batches scatter, and beta with them. (Smoothing the rate first
-    would make both swing.) On scikit-learn's digits, SimCLR and DINO, the smoothed rate came within
-    5 % of 20 nats after 480 to 1,230 steps, from beta 1e-5 or 1e-1 (one seed each).
+    smoothed rate arrives; single batches scatter, and beta with them. On scikit-learn's digits,
+    SimCLR and DINO, the smoothed rate came within 5 % of 20 nats after 480 to 1,230 steps, from
+    beta 1e-5 or 1e-1 (one seed each).
 
-    A TargetRate belongs to one loss and sees the rate of that loss. Beta stays on the device, and
-    is the same on all ranks.
-
-    If the base loss wants fewer nats than the target, beta goes to the lower bound. If the rate
-    swings about the target instead of settling, the training is too slow for ``speed``: halve that.
+    A TargetRate belongs to one loss. Beta stays on the device, and is the same on all ranks. If the
+    base loss wants fewer nats than the target, beta goes to the lower bound. If the rate swings
+    about the target instead of settling, the training is too slow for ``speed``: halve that.
 
     Args:
         nats: The target, per sample, summed over dimensions (and heads), averaged over samples and
