@@ -103,11 +103,7 @@ class Climb:
         self._schedule = schedule
 
     def lay(self, total_steps: int | None) -> None:
-        """Lays the schedule over a training; the state of the schedule is kept.
-
-        Args:
-            total_steps: As in :meth:`~climb_plugin.schedule.base.Schedule.over`, which may raise.
-        """
+        """Lays the schedule over a training: its ``over``, which may raise; the state is kept."""
         laid, rates = self.schedule.over(total_steps), self._rates
         if not isinstance(laid, Schedule):
             raise TypeError(f"over() of {self.schedule!r} must return a Schedule, got {laid!r}.")
@@ -223,5 +219,5 @@ class Climb:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        # A host observes the original; terms of a copy would get into the original's log.
+        # A host observes the original: terms of a copy would get into the original's log.
         return {**self.__dict__, "observers": [], "watches": True}

@@ -74,11 +74,10 @@ class GaussianHead(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features = checked_width("in_features", in_features)
-        self.out_features, self.mean = self.in_features, None
+        width = in_features if out_features is None else out_features
+        self.out_features = checked_width("out_features", width)
         self.init_std = checked_std(init_std)
-        if out_features is not None:
-            self.out_features = checked_width("out_features", out_features)
-            self.mean = Mean(self.in_features, self.out_features)
+        self.mean = None if out_features is None else Mean(self.in_features, self.out_features)
         form = LOGVARS[checked_choice("logvar", logvar, LOGVARS)]
         self.logvar = form(self.in_features, self.out_features, init_std=self.init_std)
         # The number of the last call with each outcome, for messages.

@@ -121,9 +121,10 @@ class ClimbLoss(Door):
                 finds views that do not pair up; if a term is NaN or infinite: the message names the
                 term (on CUDA a step or so late, as the check does not wait for the device).
         """
-        with self.climb.watch.nesting:
-            value = checked_scalar(self.base(*args, **kwargs))
-        return outside_compiled_code(_with_bottleneck, self.climb, self.base, value)
+        climb, base = self.climb, self.base
+        with climb.watch.nesting:
+            value = checked_scalar(base(*args, **kwargs))
+        return outside_compiled_code(_with_bottleneck, climb, base, value)
 
     def climb_state(self) -> dict[str, Any]:
         """Step, settings and noise position for a resumed run, in numbers and strings.
@@ -261,7 +262,7 @@ def _samples(value: Tensor, climb: Climb) -> list[list[Sample]]:
         return [[] for _ in heads]
     samples = samples_behind(value, set(heads))
     found = [[one for one in samples if one.head is head] for head in heads]
-    climb.watch.found(value, found, climb.schedule.needs_rate)
+    climb.watch.found(value, found, climb.schedule)
     return found
 
 

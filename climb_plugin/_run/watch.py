@@ -22,6 +22,7 @@ from climb_plugin.checks import warn
 from climb_plugin.distributed import world_size
 from climb_plugin.gaussian import Posterior
 from climb_plugin.head import GaussianHead
+from climb_plugin.schedule import Schedule
 from climb_plugin.terms import ClimbTerms
 
 # By name: importing torch's FSDP takes time, which a run without FSDP need not spend.
@@ -45,12 +46,12 @@ class Watch:
         self._signs = DeferredFlags()
         self._warned_of_sign = False
 
-    def found(self, value: Tensor, samples: Sequence[Sequence[Sample]], needs_rate: bool) -> None:
+    def found(self, value: Tensor, samples: Sequence[Sequence[Sample]], schedule: Schedule) -> None:
         """Checks a step, by the samples of each head behind the base loss, before the numbers."""
         self._wiring.check(value, samples)
         if not self._knows_ranks and any(samples) and world_size() > 1:
             self._knows_ranks = True
-            _check_ranks(self._priors, self._prior, needs_rate=needs_rate)
+            _check_ranks(self._priors, self._prior, needs_rate=schedule.needs_rate)
 
     def terms(
         self,
