@@ -62,9 +62,19 @@ def wrap(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a value is out of range, a head is there, or the teacher is no such copy.
+        ValueError: If a value is out of range; if a head was wrapped before; if student and teacher
+            differ in layout or share storage.
     """
-    settings = Settings(beta, alpha, prior, views, free_nats, at, init_std, logvar)
+    settings = Settings(
+        beta=beta,
+        alpha=alpha,
+        prior=prior,
+        views=views,
+        free_nats=free_nats,
+        at=at,
+        init_std=init_std,
+        logvar=logvar,
+    )
     return wrapped(loss, settings, student=student, teacher=teacher)
 
 

@@ -69,7 +69,7 @@ class CollapseWatch:
             return
         with torch.no_grad():
             seen = _look(base, value, beta, rates, posteriors)
-            known = self._flags.raised(self._lasting(seen))
+            known = self._flags.raised(self._lasting(seen.signs))
         if 0 in known and "posterior" not in self._warned:
             self._warned.add("posterior")
             warn(_posterior_message(seen, beta))
@@ -77,9 +77,8 @@ class CollapseWatch:
             self._warned.add("base")
             warn(_base_message(seen, point=1 in known, pinned=2 in known))
 
-    def _lasting(self, seen: _Seen) -> Tensor:
-        """Which of the three signs have held for long enough, as a vector."""
-        now = torch.stack([seen.posterior, seen.point, seen.pinned])
+    def _lasting(self, now: Tensor) -> Tensor:
+        """Which of the three signs have held for long enough."""
         if self._lasts is None or self._lasts.device != now.device:
             self._lasts = torch.zeros_like(now, dtype=torch.int64)
         self._lasts = (self._lasts + 1) * now
@@ -93,16 +92,14 @@ class CollapseWatch:
 
 
 class _Seen(NamedTuple):
-    """The result of one check: numbers of the worst head, and three bools, on the device."""
+    """The result of one check, on the device: numbers of the worst head, and the signs."""
 
     signal: Tensor  # most nats that the samples of a head carry
     spread: Tensor  # of the directions of that head's means
     rate: Tensor | None  # nats, summed over heads; None if the prior is no fixed one
     value: Tensor  # of the base loss
     classes: int | None  # K, if the base has one
-    posterior: Tensor  # whether the posterior is collapsed now
-    point: Tensor  # whether the embedding is one point now, and the posterior is not the cause
-    pinned: Tensor  # whether the base loss is at ln K now
+    signs: Tensor  # posterior collapsed; embedding one point for another cause; loss at ln K
 
 
 def _look(
@@ -131,7 +128,8 @@ def _look(
     pinned = torch.zeros_like(posterior)
     if classes is not None:
         pinned = ((value - math.log(classes)).abs() < PINNED_NATS) & ~posterior
-    return _Seen(signal.min(), spread.min(), rate, value, classes, posterior, point.any(), pinned)
+    signs = torch.stack([posterior, point.any(), pinned])
+    return _Seen(signal.min(), spread.min(), rate, value, classes, signs)
 
 
 def _rows(view: Posterior) -> Posterior:

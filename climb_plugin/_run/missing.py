@@ -26,14 +26,10 @@ class Wiring:
         self._warned: set[str] = set()
 
     def check(self, value: Tensor, found: Sequence[Sequence[Sample]]) -> None:
-        """Checks the samples of a training step.
+        """Checks the samples of a training step, of each head those found behind the base loss.
 
         Raises a RuntimeError if a head trains and none of its samples is there, unless the head did
         sample and had samples in earlier losses: then this batch had no use for them.
-
-        Args:
-            value: The value of the base loss.
-            found: For each head the samples behind that value.
         """
         last, self._last = self._last, next_number()
         hidden = self._called("function", last)

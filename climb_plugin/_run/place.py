@@ -53,8 +53,7 @@ def find_place(module: nn.Module, *, at: str) -> Place:
 
 
 def _end_of_projection(probe: _Probe, module: nn.Module) -> Place:
-    name = type(module).__name__
-    output = probe.output
+    name, output = type(module).__name__, probe.output
     if not _is_batch(output):
         received = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
@@ -131,11 +130,8 @@ def _is_shared(module: nn.Module, path: str) -> bool:
 class _Probe:
     """Runs copies of a module on a few random rows; the module itself is left alone.
 
-    Attributes:
-        rows: Of shape (rows, width), the input.
-        output: The module's output.
-        widths: Widths of the outputs of the submodules, in the order of their completion. Those
-            that ran more than once are left out: a hook could not tell the runs apart.
+    ``widths`` are those of the outputs of submodules, in the order of their completion, but of
+    submodules that ran more than once: a hook could not tell the runs apart.
     """
 
     def __init__(self, module: nn.Module, width: int) -> None:
@@ -163,11 +159,7 @@ class _Probe:
         self.widths = {path: n for path, n in self.widths.items() if calls[path] == 1}
 
     def is_before_normalisation(self, path: str | None) -> bool:
-        """Whether an L2 normalisation and nothing but linear layers follow a submodule.
-
-        Args:
-            path: Name of the submodule; None: the input of the module.
-        """
+        """Whether an L2 normalisation and nothing but linear layers follow a submodule or input."""
         return self._is_close(self._rescaled(path, _FACTORS), self.output) and self._is_odd(path)
 
     def ends_normalised(self) -> bool:

@@ -60,19 +60,14 @@ class Watch:
         rates: Sequence[Tensor] | None,
         base: Callable[..., Tensor],
     ) -> None:
-        """Checks the terms of a step.
+        """Checks the terms of a step, its posteriors per head, and the rates of their samples.
 
-        Args:
-            terms: Of the step.
-            posteriors: For each head its posteriors.
-            rates: For each head the rates of its samples; None if the prior compares views: such
-                rates do not tell the distance to a fixed prior.
-            base: The base loss.
+        The rates are None if the prior compares views: these tell no distance to a fixed prior.
         """
-        named = {"base loss": terms.base} if self._check_base else {}
-        _check_finite(
-            self._finite, {**named, "rate": terms.rate, "entropy": terms.entropy}, posteriors
-        )
+        named = {"rate": terms.rate, "entropy": terms.entropy}
+        if self._check_base:
+            named = {"base loss": terms.base, **named}
+        _check_finite(self._finite, named, posteriors)
         self._collapse.observe(
             base=base, value=terms.base, beta=terms.beta, rates=rates, posteriors=posteriors
         )
