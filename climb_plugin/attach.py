@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from climb_plugin.head import GaussianHead
 
 NAME = "gaussian"
 """Name of the submodule that holds the head's parameters."""
+
+_Args: TypeAlias = tuple[Any, ...]
+_Kwargs: TypeAlias = dict[str, Any]
+_Inputs: TypeAlias = tuple[_Args, _Kwargs]
 
 
 class Attached:
@@ -162,9 +166,7 @@ class _Hung:
     def _hook(self, part: nn.Module) -> RemovableHandle:
         return part.register_forward_hook(self._sample_output, prepend=True)
 
-    def _enter(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _enter(self, module: nn.Module, args: _Args, kwargs: _Kwargs) -> _Inputs | None:
         if self.place.is_shared:
             self._inside = True
         # Not the head's mode: train() no longer reaches a head that was lost.
@@ -174,18 +176,16 @@ class _Hung:
             self._check(module)
         return self._sample_input(module, args, kwargs) if self.place.before else None
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def _leave(self, module: nn.Module, args: _Args, output: object) -> None:
         self._inside = False
 
-    def _sample_output(self, part: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _sample_output(self, part: nn.Module, args: _Args, output: Tensor) -> Tensor:
         # Other modules use the part unsampled; a backward pass may run the part alone again.
         if self.place.is_shared and not self._inside and backward_pass() is None:
             return output
         return self._sampled(part, output)
 
-    def _sample_input(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _sample_input(self, module: nn.Module, args: _Args, kwargs: _Kwargs) -> _Inputs:
         if args:
             return (self._sampled(module, args[0]), *args[1:]), kwargs
         if len(kwargs) != 1:
@@ -198,9 +198,9 @@ class _Hung:
 
     def _sampled(self, module: nn.Module, embedding: Tensor) -> Tensor:
         # A replica's hooks are the original's, whose head is on another device.
-        if is_replica(module) and not self.head.training:
-            return embedding
         if is_replica(module):
+            if not self.head.training:
+                return embedding
             raise RuntimeError(
                 "CLIMB cannot train in nn.DataParallel, which runs copies of the model that last "
                 "for one forward. Train on one GPU, or use DistributedDataParallel."

@@ -120,12 +120,7 @@ class Fingerprint:
 
 
 def seed_of_first_run(fingerprint: Fingerprint, firsts: Iterable[Sample]) -> Seed:
-    """The seed of the one sample with this fingerprint, or a RuntimeError.
-
-    Args:
-        fingerprint: Of the second run.
-        firsts: The samples that the head has drawn outside of backward passes.
-    """
+    """The seed of the one sample with this fingerprint among a head's first runs."""
     content = fingerprint.content()
     seeds = {one.seed for one in firsts if one.fingerprint.content() == content}
     if len(seeds) == 1:

@@ -147,13 +147,7 @@ class BackwardPrior(Prior):
 def paired_views(
     posteriors: Sequence[Posterior], counts: int | Sequence[int], *, name: str
 ) -> list[Posterior]:
-    """One posterior per view, if row i of each may belong to the same image; else a ValueError.
-
-    Args:
-        posteriors: One per forward call of the head.
-        counts: How many views each call holds, as in :class:`ViewPrior`.
-        name: Name of the prior, for messages.
-    """
+    """One posterior per view, if row i of each may belong to the same image; else a ValueError."""
     views = _split(posteriors, counts)
     shapes = [tuple(view.mean.shape) for view in views]
     if len(shapes) < 2:
