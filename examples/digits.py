@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from climb_plugin import ClimbLoss
 from climb_plugin.adapters.lightly import wrap
+from climb_plugin.attach import attach
 from climb_plugin.schedule import Schedule
 
 with warnings.catch_warnings():
@@ -138,17 +139,25 @@ class Trained:
 
     backbone: nn.Module
     head: nn.Module
+    teacher: nn.Module | None = None  # backbone of DINO's teacher
     base: list[float] = field(default_factory=list)  # base loss, in its own unit
     rate: list[float] = field(default_factory=list)  # nats; empty without CLIMB
     entropy: list[float] = field(default_factory=list)  # H(z|v), nats; empty without CLIMB
     beta: list[float] = field(default_factory=list)  # empty without CLIMB
 
-    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """What the backbone makes of images, (N, FEATURES)."""
-        self.backbone.eval()
-        parts = [self.backbone(part.to(DEVICE)) for part in images.split(500)]
-        return torch.cat(parts).cpu()
+        return _features(self.backbone, images)
+
+    def teacher_features(self, images: Tensor) -> Tensor:
+        """The same of the teacher's backbone.
+
+        Raises:
+            ValueError: If the method has no teacher.
+        """
+        if self.teacher is None:
+            raise ValueError("this run has no teacher: train with method='dino'.")
+        return _features(self.teacher, images)
 
     @torch.no_grad()
     def embedding(self, images: Tensor) -> Tensor:
@@ -157,6 +166,16 @@ class Trained:
         layers: nn.Module = self.head.layers  # type: ignore[assignment]
         embedding: Tensor = layers(self.features(images).to(DEVICE))
         return embedding.cpu()
+
+
+@torch.no_grad()
+def _features(backbone: nn.Module, images: Tensor) -> Tensor:
+    backbone.eval()
+    return torch.cat([backbone(part.to(DEVICE)) for part in images.split(500)]).cpu()
+
+
+Watch = Callable[[Trained, int], None]
+"""Is shown the run so far and the number of its steps."""
 
 
 def make_backbone(channels: int) -> nn.Sequential:
@@ -182,15 +201,18 @@ def train(
     batch: int = 128,
     learning_rate: float = 3e-3,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> Trained:
     """Trains from scratch, plain or with CLIMB.
 
     Two runs with one seed start from the same weights and see the same images and views, with
-    CLIMB or without: it takes none of torch's random numbers.
+    CLIMB or without: it takes none of torch's random numbers. A learning rate of 0 gives the
+    untrained network: its weights stay, while the batch norm sees the images.
 
     Args:
         images: Of shape (N, C, H, W), at least ``batch`` of them.
-        beta: Weight of the rate: a number, a schedule, or None for a run without CLIMB.
+        beta: Weight of the rate: a number, a schedule, 0 for the noise of the Gaussian alone, or
+            None for a run without CLIMB.
         prior: As in :func:`climb_plugin.adapters.lightly.wrap`, like the next three.
         alpha: Weight of the conditional entropy.
         at: Place of the Gaussian.
@@ -201,6 +223,7 @@ def train(
         batch: Images in a step.
         learning_rate: Of AdamW, decayed to 0 along half a cosine.
         seed: Of the weights, the order of the images, the views and CLIMB's noise.
+        watch: Called after every step.
 
     Raises:
         ValueError: If there is no such method.
@@ -227,7 +250,10 @@ def train(
         raise ValueError(f"method must be 'simclr' or 'dino', got {method!r}.")
     for module in (backbone, head, criterion):
         module.to(DEVICE)
-    if beta is not None:
+    if beta == 0:
+        attached = attach(head, teacher=teacher_head, at=at, init_std=init_std)
+        criterion = ClimbLoss(criterion, heads=attached, beta=0.0).to(DEVICE)
+    elif beta is not None:
         criterion = wrap(
             criterion,
             student=head,
@@ -244,10 +270,10 @@ def train(
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     images = images.to(DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(seed)
-    run = Trained(backbone, head)
+    run = Trained(backbone, head, teacher_backbone)
     modules.train()
     order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         if len(order) < batch:
             order = torch.randperm(len(images), generator=generator, device=DEVICE)
         chosen, order = order[:batch], order[batch:]
@@ -273,6 +299,11 @@ def train(
             run.base.append(float(terms.base))
         else:
             run.base.append(loss.item())
+        if watch is not None:
+            watch(run, step)
+            modules.train()
+            if teacher_backbone is not None:
+                teacher_backbone.train()
     return run
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,47 @@ def test_the_twin_with_climb_sees_the_same_views(
     assert climb.beta == pytest.approx([0.1, 0.1])
     assert climb.features(images[:5]).shape == (5, digits.FEATURES)
     assert climb.embedding(images[:5]).shape == (5, digits.EMBEDDING)
+
+
+@pytest.mark.parametrize("method", ["simclr", "dino"])
+def test_beta_0_is_the_noise_alone(digits: ModuleType, method: str) -> None:
+    images = digits.load().train.images
+    plain, noise = (digits.train(images, beta=beta, method=method, steps=3) for beta in (None, 0.0))
+    assert noise.base != plain.base
+    assert noise.beta == [0.0] * 3
+    assert all(rate > 0 for rate in noise.rate)
+
+
+def test_a_learning_rate_of_0_is_the_untrained_network(digits: ModuleType) -> None:
+    images = digits.load().train.images
+    untrained = digits.train(images, method="dino", steps=5, learning_rate=0.0, seed=3)
+    torch.manual_seed(3)
+    fresh = digits.make_backbone(1)
+    for name, old in fresh.state_dict().items():
+        new = untrained.backbone.state_dict()[name]
+        assert torch.equal(new, old) != ("running" in name or "num_batches" in name), name
+    torch.testing.assert_close(untrained.teacher_features(images), untrained.features(images))
+
+
+def test_to_watch_changes_nothing(digits: ModuleType) -> None:
+    images, steps = digits.load().train.images, []
+
+    def watch(run: Any, step: int) -> None:
+        run.features(images[:9])
+        run.teacher_features(images[:9])
+        steps.append((step, len(run.base)))
+
+    options = {"method": "dino", "beta": 0.1, "steps": 3}
+    watched, alone = digits.train(images, watch=watch, **options), digits.train(images, **options)
+    assert steps == [(1, 1), (2, 2), (3, 3)]
+    assert watched.base == alone.base
+    assert torch.equal(watched.teacher_features(images), alone.teacher_features(images))
+
+
+def test_simclr_has_no_teacher_to_ask(digits: ModuleType) -> None:
+    images = digits.load().train.images
+    with pytest.raises(ValueError, match="no teacher: train with method='dino'"):
+        digits.train(images, steps=1).teacher_features(images)
 
 
 def test_the_learned_prior_is_trained(digits: ModuleType) -> None:
