@@ -266,6 +266,7 @@ def train(
     state = {"model": model, "criterion": criterion, "optimizer": optimizer, "decay": decay}
     run = checkpoint.restore(name, state)
     if not run.student:
+        show_images_once(model, bank[0])
         measure_knn(run, model, bank, queries)
     done = len(run.base_loss)
     bar = tqdm(total=steps, initial=done * len(loader), desc=f"{name:>5}", unit="step")
@@ -295,6 +296,15 @@ def train(
     if isinstance(criterion, ClimbLoss) and criterion.heads:
         run.active = count_active(model, criterion.heads[0], queries[0])
     return run
+
+
+@torch.no_grad()
+def show_images_once(model: Learner, pixels: Tensor) -> None:
+    """Gives the batch norm of an untrained backbone the statistics of (2,048) images, for k-NN."""
+    for part in pixels[:2048].split(32):
+        for backbone in (model.backbone, model.teacher_backbone):
+            if backbone is not None:
+                backbone(part)
 
 
 @torch.no_grad()
