@@ -446,7 +446,9 @@ plt.show()
 # beta that a sweep like the one above has shown to be near.
 #
 # **To take home.** On these data half of the nats can go at a cost of less than a point, which
-# three seeds hardly tell from none, and no beta gains accuracy. Choose beta before the end of the
-# flat part, on validation images; if all of it is flat, that says that k-NN does not need those
-# nats, not that the beta is a good one. To compare losses, or to carry a choice over to another
-# one, use a target rate.
+# three seeds hardly tell from none, and no beta gains accuracy. Measure a point by what there was
+# to learn: the untrained network has 92.2 % on the features and 79.7 % on the embedding, so a point
+# is a fifth of all that training gave the features, and a seventeenth for the embedding. Choose
+# beta before the end of the flat part, on validation images; if all of it is flat, that says that
+# k-NN does not need those nats, not that the beta is a good one. To compare losses, or to carry a
+# choice over to another one, use a target rate.
