@@ -284,13 +284,17 @@ print(f"chosen: beta {chosen:g}")
 # %%
 tested = {
     name: np.array([knn(one.trained, data.test) for one in runs])
-    for name, runs in (("plain", plain), (f"beta {chosen:g}", sweep[chosen]))
+    for name, runs in (
+        ("untrained", untrained),
+        ("plain", plain),
+        (f"beta {chosen:g}", sweep[chosen]),
+    )
 }
 print(f"{'test':12}{'features':>14}{'embedding':>14}")
 for name, accuracies in tested.items():
     print(f"{name:12}" + "".join(f"{spread(column):>14}" for column in accuracies.T))
 gained = tested[f"beta {chosen:g}"] - tested["plain"]
-print(f"{'difference':12}" + "".join(f"{spread(column):>14}" for column in gained.T))
+print(f"{'- plain':12}" + "".join(f"{spread(column):>14}" for column in gained.T))
 
 # %% [markdown]
 # **By the rate of each dimension.** Where does the rate go when beta grows? Some bottlenecks shut
@@ -337,6 +341,8 @@ targeted = {
 }
 
 print(f"{'':12}{HEADING} {'final beta':>19}")
+print(row("untrained", untrained))
+print(row("plain", plain))
 for target, runs in targeted.items():
     final = np.array([one.trained.beta[-1] for one in runs])
     print(row(f"{target:g} nats", runs), f"{final.mean():>9.4f} ± {final.std(ddof=1):.4f}")
