@@ -73,7 +73,7 @@ def test_wheel_and_sdist(source: Path, tmp_path: Path) -> None:
     requires = metadata.get_all("Requires-Dist") or []
     core = {line.split(">")[0] for line in requires if "extra ==" not in line}
     assert core == {"torch", "numpy"}
-    extras = {"lightly", "solo", "examples", "notebooks", "study", "bench", "docs", "test"}
+    extras = {"lightly", "solo", "examples", "gpu", "notebooks", "study", "bench", "docs", "test"}
     assert set(metadata.get_all("Provides-Extra") or []) == extras
     assert metadata["Requires-Python"] == ">=3.10"
 

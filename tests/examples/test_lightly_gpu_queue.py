@@ -84,7 +84,7 @@ class TestDryRun:
             "climb",
             "noise",
             "plain",
-            "plain",
+            "untrained",
         ]
         assert not list((folder / "work" / "dry").glob(".*.pt"))
 
@@ -357,9 +357,8 @@ class TestStages:
                 ("climb", 0),
                 ("noise", 0),
             ]
-            epochs = {run.epochs for run in wanted if run.lr}
-            assert epochs == {100}
-            assert sum(not run.lr for run in wanted) == 3
+            assert {run.epochs for run in wanted} == {100}
+            assert sum(run.regulariser == "untrained" for run in wanted) == 3
 
     def test_a_wrong_name_is_refused(self, tmp_path: Path) -> None:
         done = subprocess.run(
