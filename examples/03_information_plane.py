@@ -234,10 +234,10 @@ both[1].legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# From 70 nats down to about 18 the embedding stays near its plain twins: most of the nats did
-# little for k-NN. It is not better there either: no beta gains more over the twins than its spread.
-# Then a knee: at beta 0.1, with 7 nats, the embedding has lost about two points, and the base loss
-# has risen by 1. At beta 1 it is near the loss of the untrained network, which means that the rate
+# The loss of accuracy grows slowly: from 70 nats down to about 18 the embedding loses one to two
+# points against its plain twins, so most of the nats did little for k-NN. No beta gains anything.
+# At beta 0.1, with 7 nats, the embedding has lost three points, and the base loss has risen by 1.
+# At beta 1 it is near the loss of the untrained network, which means that the rate
 # is about to win over the task. There the features lose less than the embedding, as they lie before
 # the Gaussian; and the untrained network shows how little of their accuracy is learned at all on
 # data as easy as these. On your own data expect another curve.
