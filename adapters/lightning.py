@@ -211,7 +211,7 @@ class ClimbCallback(_Callback):
         return losses
 
     def _restore(self, losses: Mapping[str, ClimbLoss]) -> None:
-        for path in self._restored.keys() & losses.keys():
+        for path in [path for path in self._restored if path in losses]:
             state = self._restored.pop(path)
             losses[path].load_climb_state(state)
             losses[path].climb_priors.load_state_dict(state["priors"])

@@ -61,7 +61,8 @@ def thaw(module: Any, state: Mapping[str, Any], *, step: int) -> None:
     """
     torch.set_rng_state(state["torch"].cpu())
     np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
     if state["tau"] is not None and hasattr(module, "momentum_updater"):
         module.momentum_updater.cur_tau = state["tau"]
         module.last_step = step

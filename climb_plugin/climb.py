@@ -29,7 +29,6 @@ class Climb:
 
     Attributes:
         attached: Those heads that :func:`~climb_plugin.attach.attach` hung on a module.
-        priors: One for each head.
         observers: Functions that get the terms of every call of the loss, and whether a posterior
             was involved; for hosts that log. A copy of the criterion has none.
         watches: Whether terms that are not finite raise and collapses warn. A host sets False
@@ -48,7 +47,6 @@ class Climb:
     ) -> None:
         self._heads = heads
         self.attached = tuple(attached)
-        self.priors = priors
         self._prior = prior_name(settings.prior)
         self._free_nats = settings.free_nats
         self.alpha = settings.alpha
@@ -77,7 +75,12 @@ class Climb:
 
     @property
     def alpha(self) -> float:
-        """Weight of the conditional entropy; can be set to a finite number of 0 or more."""
+        """Weight of the conditional entropy; can be set.
+
+        Raises:
+            TypeError: If set to no number.
+            ValueError: If set to a number that is negative or not finite.
+        """
         return self._alpha
 
     @alpha.setter
@@ -86,7 +89,13 @@ class Climb:
 
     @property
     def schedule(self) -> Schedule:
-        """Beta over the optimiser steps; can be set, to a number too; checked as at first."""
+        """Beta over the optimiser steps; can be set, to a number too.
+
+        Raises:
+            TypeError: If set to neither a number nor a schedule.
+            ValueError: If a number is out of range, or there is no head to act on; if a target rate
+                lies within the free nats or belongs to another loss.
+        """
         return self._schedule
 
     @schedule.setter
@@ -150,7 +159,8 @@ class Climb:
     def set_step(self, step: int) -> None:
         """Says where the count of optimiser steps stands, an int; the count goes on from there.
 
-        Backward passes count if the optimiser is none of torch's; there set each step.
+        Backward passes count if the optimiser is none of torch's; there call set_step before each
+        step.
         """
         self.watch.steps.set_to(checked_step(step))
 

@@ -16,8 +16,6 @@ from climb_plugin.head import GaussianHead
 
 _METADATA = "climb"
 _OWN = frozenset({"base", "climb", "climb_priors"})
-# Methods that register on the base, if that is a module.
-_REGISTERS = frozenset({"register_buffer", "register_parameter", "register_module", "add_module"})
 # Names of all torch modules (type, half, ...), by which a base may mean something else.
 _OF_TORCH = frozenset(name for name in dir(nn.Module) if not name.startswith("_")) - {"forward"}
 
@@ -51,6 +49,18 @@ class Short:
             raise AttributeError(_clash(self._name))
 
 
+def _registers(name: str) -> Any:
+    """A method of nn.Module that registers on the base, if that is a module."""
+
+    @functools.wraps(getattr(nn.Module, name))
+    def register(criterion: Door, *args: Any, **kwargs: Any) -> None:
+        base = _base_of(criterion)
+        owner = base if isinstance(base, nn.Module) else super(Door, criterion)
+        getattr(owner, name)(*args, **kwargs)
+
+    return register
+
+
 class Door(nn.Module):
     """A module around ``base`` that has a ``climb``.
 
@@ -68,8 +78,7 @@ class Door(nn.Module):
     def __getattribute__(self, name: str) -> Any:
         if name in _OF_TORCH:
             base = _base_of(self)
-            registers = name in _REGISTERS and isinstance(base, nn.Module)
-            if registers or (name != "training" and name in getattr(base, "__dict__", ())):
+            if name != "training" and name in getattr(base, "__dict__", ()):
                 return getattr(base, name)
         return super().__getattribute__(name)
 
@@ -110,20 +119,19 @@ class Door(nn.Module):
         own: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
         return sorted({*own, *dir(_base_of(self))})
 
+    register_buffer, register_parameter, add_module, register_module = map(
+        _registers, ("register_buffer", "register_parameter", "add_module", "register_module")
+    )
+
     def get_buffer(self, target: str) -> Tensor:
         """A buffer of the base, or of the criterion under one of CLIMB's own names."""
-        found: Tensor = self._owner(target).get_buffer(target)
+        found: Tensor = _owner(self, target).get_buffer(target)
         return found
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """A parameter of the base, or of the criterion under one of CLIMB's own names."""
-        found: nn.Parameter = self._owner(target).get_parameter(target)
+        found: nn.Parameter = _owner(self, target).get_parameter(target)
         return found
-
-    def _owner(self, target: str) -> Any:
-        base = _base_of(self)
-        is_bases = isinstance(base, nn.Module) and target.split(".")[0] not in _OWN
-        return base if is_bases else super()
 
     def _is_own(self, name: str) -> bool:
         base = _base_of(self)
@@ -168,6 +176,12 @@ def _base_of(criterion: Door) -> Any:
         return None
     base = own.get("_modules", {}).get("base")
     return own.get("base") if base is None else base
+
+
+def _owner(criterion: Door, target: str) -> Any:
+    base = _base_of(criterion)
+    is_bases = isinstance(base, nn.Module) and target.split(".")[0] not in _OWN
+    return base if is_bases else super(Door, criterion)
 
 
 def _save_as_base(
@@ -220,7 +234,7 @@ def _tensors(result: Any) -> Iterator[Tensor]:
         return
     if isinstance(result, Mapping):
         result = list(result.values())
-    elif hasattr(result, "__dataclass_fields__"):
+    elif hasattr(result, "__dataclass_fields__") and not isinstance(result, (list, tuple)):
         result = list(vars(result).values())
     if isinstance(result, (list, tuple)):
         for item in result:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -124,7 +124,7 @@ class ClimbLoss(Door):
         climb, base = self.climb, self.base
         with climb.watch.nesting:
             value = checked_scalar(base(*args, **kwargs))
-        return outside_compiled_code(_with_bottleneck, climb, base, value)
+        return outside_compiled_code(_with_bottleneck, climb, self.climb_priors, base, value)
 
     def climb_state(self) -> dict[str, Any]:
         """Step, settings and noise position for a resumed run, in numbers and strings.
@@ -151,12 +151,19 @@ class ClimbLoss(Door):
 
 
 class Bottleneck(NamedTuple):
-    """The result of :func:`bottleneck`, with its graph; all but ``rates`` are scalars in nats."""
+    """The result of :func:`bottleneck`, with its graph.
+
+    Attributes:
+        rate: Nats, a scalar.
+        entropy: The conditional entropy in nats, a scalar.
+        penalty: The term that beta multiplies: the rate above the free nats + alpha * entropy.
+        rates: For each head the rates of its samples, each a vector.
+    """
 
     rate: Tensor
-    entropy: Tensor  # conditional
-    penalty: Tensor  # what beta multiplies: the rate above the free nats + alpha * entropy
-    rates: list[Tensor]  # for each head the rates of its samples, a vector
+    entropy: Tensor
+    penalty: Tensor
+    rates: list[Tensor]
 
 
 def bottleneck(
@@ -226,7 +233,9 @@ def _rates(prior: Prior, posteriors: Sequence[Posterior]) -> Tensor:
     return widened(values)
 
 
-def _with_bottleneck(climb: Climb, base: Callable[..., Tensor], value: Tensor) -> Tensor:
+def _with_bottleneck(
+    climb: Climb, priors: Iterable[Any], base: Callable[..., Tensor], value: Tensor
+) -> Tensor:
     """The value of the base loss plus the bottleneck of the posteriors behind that value."""
     if is_batched(value):
         raise RuntimeError(
@@ -235,19 +244,19 @@ def _with_bottleneck(climb: Climb, base: Callable[..., Tensor], value: Tensor) -
         )
     scalar = value.reshape(())
     found = [_posteriors(samples) for samples in _samples(value, climb)]
-    used = [(prior, views) for prior, views in zip(climb.priors, found, strict=True) if views]
+    used = [(prior, views) for prior, views in zip(priors, found, strict=True) if views]
     if not used:
         climb.show(detached_terms(scalar, scalar, None, None, 0.0), is_regularised=False)
         return value
-    priors, posteriors = zip(*used, strict=True)
+    used_priors, posteriors = zip(*used, strict=True)
     beta = climb.weight()
     with no_autocast(scalar):
-        added = bottleneck(priors, posteriors, alpha=climb.alpha, free_nats=climb.free_nats)
+        added = bottleneck(used_priors, posteriors, alpha=climb.alpha, free_nats=climb.free_nats)
     total = scalar + beta * added.penalty
     terms = detached_terms(total, scalar, added.rate, added.entropy, beta)
     climb.show(terms, is_regularised=True)
     if climb.watches:
-        fixed = None if any(prior.compares_views for prior in priors) else added.rates
+        fixed = None if any(prior.compares_views for prior in used_priors) else added.rates
         climb.watch.terms(terms, posteriors, fixed, base)
     if added.penalty.requires_grad:
         climb.trains(scalar, added.penalty)

@@ -32,7 +32,10 @@ def nats_to_bits(nats: float) -> float:
 
 
 def rate_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
-    """The rate to N(0, I) of each dimension, averaged over everything else: nats, of shape (D,).
+    """The rate to N(0, I) of each dimension, averaged over everything else.
+
+    Returns:
+        Rates in nats, of shape (D,); their sum is the rate.
 
     Examples:
         >>> rate_per_dimension(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2))
@@ -97,6 +100,8 @@ def effective_rank(mean: Tensor) -> Tensor:
     Examples:
         >>> effective_rank(torch.tensor([[1.0, 0, 5], [-1, 0, 5], [0, 1, 5], [0, -1, 5]]))
         tensor(2.)
+        >>> effective_rank(torch.full((4, 3), 0.1))
+        tensor(0.)
     """
     (mean,) = checked(mean)
     rows = _rows(mean)
@@ -157,6 +162,9 @@ def teacher_entropy(
     Examples:
         >>> teacher_entropy(torch.tensor([[1.0, 1.0, 1.0], [90.0, 0.0, 0.0]]), temperature=0.04)
         tensor([1., 0.])
+        >>> confident = torch.log_softmax(200 * torch.eye(3), dim=-1)
+        >>> teacher_entropy(confident), teacher_entropy(confident.logsumexp(dim=-2))
+        (tensor([0., 0., 0.]), tensor(1.))
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         received = getattr(logits, "dtype", type(logits).__name__)

@@ -1,17 +1,4 @@
-"""Adds CLIMB to a loss and a projection head in one line, and removes CLIMB again.
-
-Examples:
-    >>> import torch
-    >>> from torch.nn.functional import mse_loss
-    >>> head = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
-    >>> criterion = wrap(mse_loss, student=head, beta=1e-3)
-    >>> views = torch.randn(8, 32), torch.randn(8, 32)
-    >>> criterion(head(views[0]), head(views[1])).backward()
-    >>> bool(criterion.terms.rate > 0)
-    True
-    >>> unwrap(criterion) is mse_loss
-    True
-"""
+"""Adds CLIMB to a loss and a projection head in one line, and removes CLIMB again."""
 
 from __future__ import annotations
 
@@ -40,18 +27,22 @@ def wrap(
     init_std: float = 0.1,
     logvar: str = "linear",
 ) -> ClimbLoss:
-    """Adds CLIMB to a loss, and to the projection head behind that; returns the criterion.
+    """Adds CLIMB to a loss, and to the projection head behind that loss; returns the criterion.
 
     Call the criterion as you called ``loss``. A :class:`~climb_plugin.GaussianHead` hangs on
-    ``student``, and a frozen twin, which passes on the mean, on ``teacher``. Wrap before the
-    optimiser is built and before the model is copied; keys of new parameters come in beside the
-    old. With ``beta=0`` nothing is hung on: the run is bit-identical to one without the plugin.
+    ``student``, and a frozen twin, which passes on the mean, on ``teacher``. No layer is added:
+    indices and state dict keys keep their meaning; keys of the new parameters come in beside them.
+    Wrap before the optimiser is built, and before the model is copied: an earlier copy would pair
+    parameters with the wrong ones. With ``beta=0`` nothing is hung on: the run is bit-identical to
+    one without the plugin. :func:`unwrap` undoes all.
 
     Args:
         loss: The script's loss, such as ``DINOLoss()``.
-        student: The projection head that is trained: a module that maps (B, N) to (B, D).
+        student: The projection head that is trained: any of ``lightly.models.modules``, or your own
+            module that maps (B, N) to (B, D).
         teacher: The projection head of the momentum encoder, if there is one.
-        beta: Weight of the rate; like the rest as in :class:`~climb_plugin.settings.Settings`.
+        beta: Weight of the bottleneck in units of the loss per nat: a number, or a schedule over
+            optimiser steps. This and the others are as in :class:`~climb_plugin.settings.Settings`.
         at: Place of the Gaussian: ``"projection"`` or ``"features"``.
         prior: ``"standard"``, ``"learned"``, ``"view"``, ``"backward"``, or one of your own.
         views: How many views each call of the head holds, for priors that compare views.
@@ -64,6 +55,14 @@ def wrap(
         TypeError: If an argument has the wrong type.
         ValueError: If a value is out of range; if a head was wrapped before; if student and teacher
             differ in layout or share storage.
+
+    Examples:
+        >>> import torch
+        >>> head = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+        >>> criterion = wrap(nn.functional.mse_loss, student=head, beta=1e-3)
+        >>> criterion(head(torch.randn(8, 32)), head(torch.randn(8, 32))).backward()
+        >>> bool(criterion.terms.rate > 0)
+        True
     """
     settings = Settings(
         beta=beta,
@@ -128,6 +127,12 @@ def unwrap(criterion: ClimbLoss) -> Callable[..., Tensor]:
     Raises:
         TypeError: If ``criterion`` is no ClimbLoss.
         ValueError: If the user put heads into the model by hand, so that their modules are unknown.
+
+    Examples:
+        >>> head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> criterion = wrap(nn.functional.mse_loss, student=head, beta=1e-3)
+        >>> unwrap(criterion) is nn.functional.mse_loss
+        True
     """
     if not isinstance(criterion, ClimbLoss):
         raise TypeError(f"unwrap takes what wrap returned, got {type(criterion).__name__}.")

@@ -185,6 +185,31 @@ class TestAttributes:
             assert torch.equal(fresh.state_dict()[name], value)
         plain.load_state_dict(values)
 
+    @pytest.mark.parametrize(
+        "how", ["register_buffer", "register_parameter", "add_module", "register_module"]
+    )
+    def test_registering_is_a_method_that_may_be_overridden(self, how: str) -> None:
+        """Of a subclass, which calls super(), and of one criterion."""
+        seen: list[str] = []
+
+        class Own(ClimbLoss):
+            pass
+
+        def own(self: ClimbLoss, name: str, value: Any) -> None:
+            seen.append(name)
+            getattr(super(Own, self), how)(name, value)
+
+        setattr(Own, how, own)
+        criterion = Own(Base(), heads=GaussianHead(4), beta=0.1)
+        getattr(criterion, how)("extra", None)
+        assert "extra" in seen
+        registered = (criterion.base._buffers, criterion.base._parameters, criterion.base._modules)
+        assert any("extra" in names for names in registered)
+        criterion.load_state_dict(criterion.state_dict())
+        with mock.patch.object(criterion, how) as patched:
+            getattr(criterion, how)("more", None)
+        patched.assert_called_once_with("more", None)
+
     def test_training_reaches_the_base(self) -> None:
         loss = make(Base())
         loss.eval()

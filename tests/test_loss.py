@@ -111,6 +111,13 @@ class TestValue:
         assert not torch.equal(gradients[0], gradients[1])
         torch.testing.assert_close(gradients[2] - gradients[1], gradients[1] - gradients[0])
 
+    def test_priors_that_are_replaced_are_the_ones_that_count(self) -> None:
+        loss = make(prior="learned")
+        other = make(prior="learned").climb_priors
+        loss.climb_priors = other
+        loss(loss.heads[0](torch.randn(8, loss.heads[0].out_features))).backward()
+        assert all(parameter.grad is not None for parameter in other.parameters())
+
     def test_learned_prior_is_trained_through_the_loss(self) -> None:
         loss = make(prior="learned")
         (head,) = loss.heads

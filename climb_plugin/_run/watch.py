@@ -143,12 +143,12 @@ def _check_finite(
 
 def _check_ranks(priors: nn.Module, name: str, *, needs_rate: bool) -> None:
     """Finds learned priors whose gradients nothing averages, and ranks that may stop early."""
-    if not needs_rate and not any(True for _ in priors.parameters()):
+    learned = {id(parameter) for parameter in priors.parameters()}
+    if not needs_rate and not learned:
         return
     # Nothing but the garbage collector lists the modules that average gradients over the ranks.
     wrappers = living(lambda kind: any(base.__name__ in _AVERAGING for base in kind.__mro__))
-    averaged = {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
-    if not averaged.issuperset(map(id, priors.parameters())):
+    if learned and not learned <= {id(p) for wrapper in wrappers for p in wrapper.parameters()}:
         warn(
             f"prior={name!r} is learned, and no DistributedDataParallel or FSDP module holds this "
             "loss: each rank trains a prior of its own. Put model and loss into one module that "

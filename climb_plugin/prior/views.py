@@ -45,7 +45,8 @@ class ViewPrior(Prior):
     def forward(self, posteriors: Sequence[Posterior]) -> Tensor:
         """One symmetric KL in nats per image and pair of views, in a vector.
 
-        Row i of each view must belong to the same image.
+        Args:
+            posteriors: One per forward call; row i of each view belongs to the same image.
 
         Raises:
             ValueError: If there are fewer than two views, their shapes differ, or ``views`` does

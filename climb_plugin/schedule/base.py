@@ -67,7 +67,12 @@ class Schedule:
         """Restores a :meth:`state`, or raises a ValueError and changes nothing."""
 
     def belong_to(self, owner: object, *, free_nats: float) -> None:
-        """Tells which loss's rate, and how many free nats of it, the schedule sees; may raise."""
+        """Tells the schedule which loss's rate it sees; may raise.
+
+        Args:
+            owner: Stands for the loss.
+            free_nats: Nats of that rate that cost nothing.
+        """
 
     @property
     def needs_length(self) -> bool:

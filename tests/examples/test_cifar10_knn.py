@@ -859,4 +859,4 @@ def test_the_stored_report_is_made_of_the_stored_lines() -> None:
 @pytest.mark.parametrize("sweep", sorted((EXAMPLES / "sweeps").glob("*.txt")), ids=lambda p: p.name)
 def test_the_stored_sweeps_are_sound(study: ModuleType, sweep: Path) -> None:
     args = study.make_parser().parse_args(["--preset", "cpu", "--sweep", str(sweep)])
-    assert len(study.wanted(args)) > 10
+    assert len(study.wanted(args)) > 1
