@@ -75,12 +75,7 @@ class Climb:
 
     @property
     def alpha(self) -> float:
-        """Weight of the conditional entropy; can be set.
-
-        Raises:
-            TypeError: If set to no number.
-            ValueError: If set to a number that is negative or not finite.
-        """
+        """Weight of the conditional entropy; can be set, to a finite number of 0 or more."""
         return self._alpha
 
     @alpha.setter
@@ -93,8 +88,7 @@ class Climb:
 
         Raises:
             TypeError: If set to neither a number nor a schedule.
-            ValueError: If a number is out of range, or there is no head to act on; if a target rate
-                lies within the free nats or belongs to another loss.
+            ValueError: If out of range or without a head; if a target rate does not fit.
         """
         return self._schedule
 

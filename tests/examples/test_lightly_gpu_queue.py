@@ -31,6 +31,8 @@ BENCH = "ok" if find_spec("pytest_benchmark") else "cannot"
 def gpu() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
+        # In a worker of pytest-xdist the pytest of a stage would leave the benchmarks away.
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)
         import gpu
 
         yield gpu
