@@ -153,8 +153,7 @@ class Climb:
     def set_step(self, step: int) -> None:
         """Says where the count of optimiser steps stands, an int; the count goes on from there.
 
-        Backward passes count if the optimiser is none of torch's; there call set_step before each
-        step.
+        Without an optimiser of torch's, backward passes count: then call this before each step.
         """
         self.watch.steps.set_to(checked_step(step))
 
