@@ -92,9 +92,13 @@ class Penalised(nn.Module):
         self._views: list[Tensor] = []
         module = head.get_submodule(place.path)
         if place.before:
-            module.register_forward_pre_hook(lambda _, inputs: self._views.append(inputs[0]))
+            module.register_forward_pre_hook(lambda _, inputs: self._note(inputs[0]))
         else:
-            module.register_forward_hook(lambda _, inputs, output: self._views.append(output))
+            module.register_forward_hook(lambda _, inputs, output: self._note(output))
+
+    def _note(self, view: Tensor) -> None:
+        if torch.is_grad_enabled():  # an evaluation is no step
+            self._views.append(view)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of these arguments, plus the penalty of the forward calls since the last."""

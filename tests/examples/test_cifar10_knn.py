@@ -399,6 +399,7 @@ class TestPairs:
             inputs = [torch.randn(5, 4, requires_grad=True) for _ in range(3)]
             student = [head(one) for one in inputs]
             teacher = [torch.randn(5, 4) for _ in range(2)]
+            target = [one - loss.center.flatten() for one in teacher]
             criterion(teacher, student)
             pairs.step((teacher, student), wrong, 0.1)
             rates = [kl_to_standard_normal(*head.posterior(one.detach())) for one in inputs[:2]]
@@ -406,7 +407,7 @@ class TestPairs:
                 expected.setdefault(f"rate {kind}", []).append(
                     (rates[0][i] + rates[1][i]).item() / 2
                 )
-                agree = [int(teacher[a][i].argmax() == student[1 - a][i].argmax()) for a in (0, 1)]
+                agree = [int(target[a][i].argmax() == student[1 - a][i].argmax()) for a in (0, 1)]
                 expected.setdefault(f"agreement {kind}", []).append(sum(agree) / 2)
         found = pairs.means()
         for name, values in expected.items():
@@ -496,6 +497,24 @@ class TestRegularisers:
             options = {"regulariser": "decay", "beta": more} if more else {}
             run = _Run(settings(method="simclr", weight_decay=0.5, **options), load(file), "cpu")
             assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.5 + more}
+
+
+def test_a_look_at_the_accuracy_changes_no_training(run: Callable[..., Any]) -> None:
+    """With every regulariser; with looks after the first epoch, and with none."""
+    for options in (
+        {},
+        {"regulariser": "climb", "beta": 1e-2},
+        {"regulariser": "noise"},
+        {"regulariser": "norm", "beta": 0.1},
+        {"regulariser": "invariance", "beta": 0.1},
+        {"regulariser": "decay", "beta": 0.1},
+    ):
+        looked, blind = (
+            run(method="dino", **options, epochs=3, every=every, checkpoint=f"{every}-{options}.pt")
+            for every in (1, 3)
+        )
+        assert looked.base_loss == blind.base_loss, options
+        assert looked.test == blind.test, options
 
 
 STOPPED = {"method": "moco", "regulariser": "climb", "beta": 1e-2, "epochs": 3}
@@ -793,7 +812,7 @@ class TestVerdicts:
         from knn_study.verdicts import verdicts
 
         known = []
-        for seed, noise in enumerate(self.SPREAD[:seeds]):
+        for seed, noise in enumerate(self.SPREAD[:seeds], 3):
             plain = line(50.0, seed=seed)
             plain["validation"] = {"student": [50.0 + best, 50.0]}
             known += [plain, line(untrained, seed=seed, regulariser="untrained")]
