@@ -39,6 +39,7 @@ import torch
 from tqdm import tqdm
 
 from knn_study import data, documents, options, plots, records, report
+from knn_study.lines import append
 from knn_study.settings import PRESETS, Settings
 from knn_study.training import Measured, OutOfTimeError, train
 
@@ -166,7 +167,7 @@ def run_one(
     record = records.make_record(
         settings, measured, preset=preset, device=device, data=parts.fingerprint, error=error
     )
-    records.append(record, out)
+    append(record, out)
     checkpoint.unlink(missing_ok=True)
     return True
 

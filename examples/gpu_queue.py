@@ -20,6 +20,7 @@ from pathlib import Path
 from gpu import machine, records, toy
 from gpu.queue import Call, Folders
 from gpu.stages import EXAMPLES, ROOT, SWEEP, Stage, stages
+from knn_study.lines import revision
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders=folders,
         machine=there,
         environment=environment,
-        revision=args.revision or machine.revision(ROOT),
+        revision=args.revision or revision(ROOT),
         dry_run=args.dry_run,
         deadline=deadline,
         again=args.again,

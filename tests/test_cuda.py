@@ -57,13 +57,23 @@ def make(device: torch.device) -> tuple[Net, ClimbLoss]:
 # Compilers warn of what they do not use, differently in each version.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        # Code that inductor compiles for a CPU flushes subnormal numbers to 0 in the whole process
+        # (torch 2.5), which hypothesis refuses in later tests.
+        ("cpu", {"backend": "aot_eager"}),
+        pytest.param("cuda", {"mode": "reduce-overhead"}, marks=pytest.mark.cuda),
+        pytest.param("cuda", {"mode": "max-autotune"}, marks=pytest.mark.cuda),
+    ],
+)
 def test_no_two_calls_of_a_compiled_model_share_noise(
-    device: torch.device, mode: str, views: int
+    kind: str, options: dict[str, str], views: int
 ) -> None:
     """With the same weights and the same batch in each step, only the noise differs."""
+    device = torch.device(kind)
     net, loss = make(device)
-    model = torch.compile(net, mode=mode)
+    model = torch.compile(net, **options)
     batch = torch.randn(8, WIDTH, device=device)
     expected = ClimbLoss(spread, heads=net.head, beta=0.1)
     expected(net(batch)).backward()

@@ -589,7 +589,7 @@ def test_nothing_grows_over_1000_steps(
     grown = tracemalloc.get_traced_memory()[0] - python
     tracemalloc.stop()
     assert loss.step == 700
-    assert live_tensors() == tensors
+    assert live_tensors() <= tensors
     assert grown < 50_000
     # One posterior of each step that was kept would be 700 times 64 kB and more.
     assert resident_bytes(device) - resident < 20e6

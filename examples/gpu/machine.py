@@ -117,13 +117,3 @@ def environment(site: Path | None) -> dict[str, str]:
     if paths:
         variables["PYTHONPATH"] = os.pathsep.join(paths)
     return variables
-
-
-def revision(checkout: Path) -> str:
-    """The commit, with '+' if files differ from the commit; empty outside a checkout."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
-    except OSError:  # no git
-        return ""
-    return done.stdout.strip()

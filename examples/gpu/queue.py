@@ -17,6 +17,7 @@ from gpu.figures import ending, figures
 from gpu.machine import Machine
 from gpu.records import Record
 from gpu.stages import Stage
+from knn_study.lines import append
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Call:
             "versions": self.machine.versions,
             "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        records.append(record, self.folders.stages)
+        append(record, self.folders.stages)
         print(f"{stage.name}: {described(record)}", flush=True)
 
 

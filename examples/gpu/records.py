@@ -12,20 +12,6 @@ from typing import Any
 Record = dict[str, Any]
 
 
-def append(record: Record, path: Path) -> None:
-    """Adds a line in one write, which is on the disk when this returns."""
-    data = (json.dumps(record) + "\n").encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a kill has cut the last line
-            data = b"\n" + data
-        os.write(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read(path: Path) -> list[Record]:
     """The records in a file, without lines that were cut; none if there is no such file."""
     return [json.loads(line) for line in _whole_lines(path)]

@@ -18,7 +18,7 @@ SECONDS = "{seconds}"
 SPARE = 45
 """Seconds that a command that watches the time has for imports, the images and the last k-NN."""
 
-STUDY = ("climb_plugin", "kornia", "lightly", "matplotlib", "PIL", "torchvision", "tqdm")
+STUDY = ("climb_plugin", "kornia", "lightly", "matplotlib", "PIL", "scipy", "torchvision", "tqdm")
 # A training of a second or so.
 TOY = "--preset cpu --device cpu --backbone small --images 32 --bank 200 --batch 16 --local-views 1"
 TOY += " --epochs 1 --every 1 --hidden 16 --embedding 8 --prototypes 12"

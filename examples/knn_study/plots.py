@@ -61,16 +61,10 @@ def draw(
     plt.close(figure)
 
 
-def curves(
-    records: Sequence[Record],
-    path: Path,
-    *,
-    who: str = "student",
-    twins: Sequence[Record] | None = None,
-) -> None:
+def curves(records: Sequence[Record], path: Path, *, who: str = "student") -> None:
     """The validation accuracy of each setting over its epochs, mean and range over seeds.
 
-    The untrained network, which has one epoch, is a dashed line. ``twins`` is not looked at.
+    The untrained network, which has one epoch, is a dashed line.
     """
     import matplotlib
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 from dataclasses import asdict, fields
 from functools import lru_cache
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 import climb_plugin
+from knn_study.lines import revision
 from knn_study.settings import Settings
 from knn_study.training import Measured
 
@@ -38,23 +38,9 @@ def make_record(
             "python": platform.python_version(),
             **{name: version(name) for name in ("climb-plugin", "torch", "lightly", "kornia")},
         },
-        "revision": _revision(),
+        "revision": revision(Path(__file__).parent),
         "code": _code(),
     }
-
-
-def append(record: Record, path: Path) -> None:
-    """Adds a line in one write, so that several processes may: a line is there whole, or not."""
-    data = (json.dumps(record) + "\n").encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a line that was cut short
-            data = b"\n" + data
-        os.write(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read(path: Path) -> list[Record]:
@@ -94,18 +80,3 @@ def _code() -> str:
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _revision() -> str:
-    """The commit, with '+' if files differ from it; empty outside a checkout."""
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:  # no git
-        return ""
-    return answer.stdout.strip()

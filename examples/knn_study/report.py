@@ -134,15 +134,10 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
-def details(
-    records: Sequence[Record], *, who: str = "student", twins: Sequence[Record] | None = None
-) -> str:
+def details(records: Sequence[Record]) -> str:
     """Markdown: a line for each setting with what else the last epoch measured, means over seeds.
 
-    Args:
-        records: What to show.
-        who: Not looked at: these are of the student, and of the pairs of the training.
-        twins: Not looked at.
+    That is of the student's features, and of the pairs of the training.
     """
     found: dict[Settings, dict[str, list[float]]] = {}
     for record in sorted(records, key=lambda record: _order(Row(settings_of(record)))):

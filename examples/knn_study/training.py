@@ -203,23 +203,21 @@ class _Run:
     def _knn(self, asked: Labelled) -> dict[str, float]:
         """Of the features of student and teacher, and of the student's embedding (its mean)."""
         self.learner.eval()
-        encoders = {"student": self._student, "embedding": self._embedding}
-        if self.learner.teacher_backbone is not None:
-            encoders["teacher"] = self._teacher
+        queries, known = self._encoded(asked), self._encoded(self.bank)
         return {
-            who: accuracy(encode(asked), asked.labels, encode(self.bank), self.bank.labels)
-            for who, encode in encoders.items()
+            who: accuracy(queries[who], asked.labels, known[who], self.bank.labels) for who in known
         }
+
+    def _encoded(self, part: Labelled) -> dict[str, Tensor]:
+        """Normalised features, each (N, F)."""
+        student = self._features(self.learner.backbone, part)
+        found = {"student": student, "embedding": self.learner.embedding(student)}
+        if self.learner.teacher_backbone is not None:
+            found["teacher"] = self._features(self.learner.teacher_backbone, part)
+        return {who: F.normalize(features, dim=1) for who, features in found.items()}
 
     def _student(self, part: Labelled) -> Tensor:
         return F.normalize(self._features(self.learner.backbone, part), dim=1)
-
-    def _teacher(self, part: Labelled) -> Tensor:
-        return F.normalize(self._features(self.learner.teacher_backbone, part), dim=1)
-
-    def _embedding(self, part: Labelled) -> Tensor:
-        features = self._features(self.learner.backbone, part)
-        return F.normalize(self.learner.embedding(features), dim=1)
 
     @torch.no_grad()
     def _features(self, backbone: nn.Module, part: Labelled) -> Tensor:
@@ -272,7 +270,12 @@ class _Run:
                 "was left as it is; remove it to begin this run anew"
             ) from error
         if before != asdict(self.settings):
-            raise ValueError(f"{path} was made with other settings: {before}")
+            now = asdict(self.settings)
+            differ = {name: before.get(name) for name in now if before.get(name) != now[name]}
+            raise ValueError(
+                f"{path} was made with other settings, of this or an older version of the script "
+                f"({differ}): use another --out, or remove that file to begin this run anew"
+            )
         if state["made_on"] != self.made_on:
             raise ValueError(
                 f"{path} was made on {state['made_on']}, this is {self.made_on}: use another --out"

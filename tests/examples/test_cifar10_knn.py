@@ -683,13 +683,13 @@ class TestRuns:
         assert len(out.read_text().splitlines()) == 1
 
     def test_a_line_that_was_cut_short(self, tmp_path: Path) -> None:
-        from knn_study import records
+        from knn_study import lines, records
 
         path = tmp_path / "runs.jsonl"
-        records.append(line(seed=0), path)
+        lines.append(line(seed=0), path)
         with path.open("a") as file:
             file.write('{"name": "cut')
-        records.append(line(seed=1), path)
+        lines.append(line(seed=1), path)
         with pytest.raises(ValueError, match=r"line 2 of .* is no record .* remove that line"):
             records.read(path)
         whole = path.read_text().splitlines()
@@ -770,10 +770,10 @@ class TestReport:
         assert table([]) == "No runs with a student."
 
     def test_tables_of_a_report(self, study: ModuleType, tmp_path: Path) -> None:
-        from knn_study import records
+        from knn_study import lines
 
         for record in (line(50), line(52, **CLIMB), line(40, method="byol")):
-            records.append(record, tmp_path / "runs.jsonl")
+            lines.append(record, tmp_path / "runs.jsonl")
         path = tmp_path / "report.md"
         path.write_text(
             "# A\n<!-- table: runs.jsonl --method simclr -->\nold\n<!-- end -->\nB\n"
@@ -833,6 +833,23 @@ class TestVerdicts:
     )
     def test_a_gain_is_one_over_all_three(self, values: dict[str, Any], said: str) -> None:
         assert self.verdict(**values)[-1] == said
+
+    @pytest.mark.parametrize(
+        ("noise", "said"),
+        [(50.2, "gain, over the best rival too"), (53.0, "gain, not over the rival")],
+    )
+    def test_a_gain_of_the_rate_is_one_over_the_best_rival(self, noise: float, said: str) -> None:
+        """The rival here is the noise alone."""
+        from knn_study.verdicts import verdicts
+
+        known = []
+        for seed, spread in enumerate(self.SPREAD, 3):
+            known += [line(50.0, seed=seed), line(20.0, seed=seed, regulariser="untrained")]
+            known.append(line(52 + spread, seed=seed, **CLIMB))
+            known.append(line(noise - spread, seed=seed, regulariser="noise"))
+        (row,) = [line for line in verdicts(known).splitlines() if line.startswith("| climb")]
+        assert row.strip("| ").split(" | ")[-1] == said
+        assert ": noise" in row
 
     def test_the_interval_against_scipy(self) -> None:
         from scipy import stats
