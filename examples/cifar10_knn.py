@@ -17,7 +17,7 @@ Tables of a report in Markdown, from the JSON lines that it names::
 
     python examples/cifar10_knn.py --report examples/RESULTS.md
 
-On a GPU, runs use bfloat16 autocast, channels_last and a compiled backbone.
+Networks are channels_last; on a GPU they are compiled, and its preset uses bfloat16 autocast.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -26,6 +25,7 @@ from knn_study.data import RandomViews
 from knn_study.methods import METHODS, Learner
 from knn_study.regularisers import regularised
 from knn_study.settings import PRESETS, Settings
+from knn_study.training import autocast
 
 Call = Callable[[], object]
 KINDS: dict[str, dict[str, Any]] = {
@@ -47,6 +47,7 @@ class Step:
     def __init__(self, settings: Settings, device: str, *, compiled: bool) -> None:
         torch.manual_seed(0)
         torch.compiler.reset()
+        self.settings, self.device = settings, device
         self.cuda = device == "cuda"
         self.batch = settings.batch
         self.learner = Learner(settings).to(device).to(memory_format=torch.channels_last)
@@ -70,7 +71,7 @@ class Step:
 
     def forward(self) -> None:
         """Student, teacher and criterion."""
-        with torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext():
+        with autocast(self.settings, self.device):
             target, projected = self.learner(self.drawn)
         target, projected = ([view.float() for view in views] for views in (target, projected))
         self.loss = self.criterion(target, projected, epoch=0)
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--worker", action="store_true", help="one of several processes")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
-    preset = {**PRESETS["cpu"], **TOY} if args.toy else {}
+    preset = {**PRESETS["cpu"], **TOY} if args.toy else PRESETS["gpu"]
     rounds, seconds = (2, 0.5) if args.toy else (50, 15.0)
     cuda = args.device == "cuda"
     if args.worker:

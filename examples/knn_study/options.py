@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             "--" + entry.name.replace("_", "-"),
             type=type(entry.default),
             choices=entry.metadata["choices"],
-            help=entry.metadata["help"],
+            help=entry.metadata["help"].replace("%", "%%"),  # argparse formats it
         )
 
 

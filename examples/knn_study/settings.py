@@ -12,6 +12,7 @@ METHODS = ("dino", "simclr", "byol", "moco", "simsiam", "barlowtwins", "vicreg",
 BACKBONES = ("small", "residual", "resnet18", "resnet50", "efficientnet_b0")
 REGULARISERS = ("untrained", "plain", "climb", "noise", "norm", "invariance", "decay")
 LOGVARS = ("linear", "shared")
+PRECISIONS = ("float32", "bfloat16")
 
 
 def option(
@@ -56,6 +57,7 @@ class Settings:
     temperature: float = option(0.5, "of SimCLR and MoCo")
     teacher_temperature: float = option(0.04, "of DINO", least=1e-3)
     standardised: int = option(0, "1: batch norm without parameters behind the backbone", most=1)
+    precision: str = option("float32", "of the networks; the loss is float32", PRECISIONS)
     hidden: int = option(2048, "width inside projection and prediction heads", least=1)
     embedding: int = option(256, "width at the end of the projection", least=2)
     prototypes: int = option(2048, "of DINO and SwAV", least=2)
@@ -136,7 +138,7 @@ USED: dict[str, set[str]] = {
 """The settings that each regulariser looks at."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "gpu": {},
+    "gpu": {"precision": "bfloat16"},
     "cpu": {
         "backbone": "small",
         "images": 4_000,

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ class _Run:
     def _step(self, images: Tensor, epoch: int) -> Tensor:
         """Trains on a batch; returns the base loss and, with posteriors, the rate."""
         views = [v.contiguous(memory_format=torch.channels_last) for v in self.views(images)]
-        with torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext():
+        with autocast(self.settings, self.device):
             outputs = self.learner(views)
         outputs = tuple(_in_float32(output) for output in outputs)
         settings = self.settings
@@ -222,7 +222,7 @@ class _Run:
     @torch.no_grad()
     def _features(self, backbone: nn.Module, part: Labelled) -> Tensor:
         """(N, F), in float32."""
-        with torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext():
+        with autocast(self.settings, self.device):
             return torch.cat(
                 [
                     backbone(normalised(some).contiguous(memory_format=torch.channels_last)).float()
@@ -287,6 +287,13 @@ class _Run:
         self.measured = Measured(**state["measured"])
         done: int = state["epochs"]
         return done
+
+
+def autocast(settings: Settings, device: str) -> AbstractContextManager[Any]:
+    """What the networks run in."""
+    if settings.precision == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
 def _make_optimizer(settings: Settings, trained: list[nn.Parameter]) -> torch.optim.Optimizer:

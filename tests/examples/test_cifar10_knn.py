@@ -147,6 +147,12 @@ class TestSettings:
             names.add(Settings(**changed).name)
         assert len(names) == 1 + len(fields(Settings))
 
+    def test_help_has_every_setting(self, study: ModuleType) -> None:
+        from knn_study.settings import Settings
+
+        shown = study.make_parser().format_help()
+        assert all(f"--{entry.name.replace('_', '-')} " in shown for entry in fields(Settings))
+
     def test_the_lines_of_a_sweep(self, study: ModuleType, tmp_path: Path) -> None:
         sweep = tmp_path / "sweep.txt"
         sweep.write_text("# all\n--method simclr,byol --seed 0,1\n\n--seed 1 --method byol\n")
@@ -284,6 +290,27 @@ def test_every_method_trains(
     assert all(map(math.isfinite, result.base_loss))
     assert len(result.rate) == (2 if regularised else 0)
     assert all(rate > 0 for rate in result.rate)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_precision_is_that_of_the_networks(
+    precision: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from knn_study import training
+    from knn_study.data import load
+
+    values = {"regulariser": "climb", "beta": 1e-3, "precision": precision}
+    run = training._Run(settings(**values), load(file), "cpu")
+    seen: dict[str, set[torch.dtype]] = {"networks": set(), "loss": set()}
+    for network in (run.learner.backbone, run.learner.teacher_backbone):
+        network.register_forward_hook(lambda *call: seen["networks"].add(call[-1].dtype))
+    run.criterion.register_forward_pre_hook(
+        lambda _, args: seen["loss"].update(view.dtype for views in args for view in views)
+    )
+    with training.tqdm(disable=True) as progress:
+        run.epoch(0, progress)
+    assert seen == {"networks": {getattr(torch, precision)}, "loss": {torch.float32}}
+    assert all(p.dtype == torch.float32 for p in run.learner.parameters())
 
 
 @pytest.mark.parametrize("options", [{}, {"regulariser": "climb", "beta": 1e-3}], ids=str)
@@ -554,14 +581,14 @@ class TestResume:
         assert path.read_bytes() == before
 
     def test_a_checkpoint_of_other_settings_or_images_is_refused(
-        self, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+        self, run: Callable[..., Any], file: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from knn_study.data import Parts
+        from knn_study.data import load
 
         run(method="simclr")
         with pytest.raises(ValueError, match="was made with other settings"):
             run(method="simclr", seed=1)
-        monkeypatch.setattr(Parts, "fingerprint", "other")
+        monkeypatch.setitem(vars(load(file)), "fingerprint", "other")
         with pytest.raises(ValueError, match=r"was made on .*: use another --out"):
             run(method="simclr")
 
