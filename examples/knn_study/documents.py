@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from knn_study import options
+from knn_study.cells import cells
 from knn_study.plots import curves, draw
 from knn_study.records import Record, read, settings_of
-from knn_study.report import details, table
+from knn_study.report import choices, details, table
 from knn_study.verdicts import verdicts
 
-_TABLE = re.compile(r"(<!-- (table|verdicts|details): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- (table|choices|verdicts|details|cells): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
+)
+_OF_ANYONE = {"table": table, "choices": choices, "verdicts": verdicts}
 _PLOT = re.compile(r"<!-- (plot|curves): (\S+) (.+?) -->")
 
 
@@ -25,18 +29,18 @@ def rewritten(path: Path) -> str:
     Between ``<!-- table: FILE OPTIONS -->`` and ``<!-- end -->`` stands the table of the runs in
     FILE, a path from the report, whose settings are among those of OPTIONS, or of one of several
     OPTIONS between semicolons; ``--who teacher`` or ``--who embedding`` in front takes that
-    accuracy. ``verdicts`` and ``details`` in place of ``table`` make the tables of those names.
+    accuracy. ``choices``, ``verdicts``, ``details`` and ``cells`` in place of ``table`` make the
+    tables of those names.
     """
 
     def renewed(match: re.Match[str]) -> str:
         chosen, twins, who = _chosen(path.parent, match[3])
-        if match[2] == "details":
-            if who != "student":
-                raise ValueError(f"details are of the student: leave --who {who} away")
-            made = details(chosen)
+        if match[2] in _OF_ANYONE:
+            made = _OF_ANYONE[match[2]](chosen, who=who, twins=twins)
+        elif who != "student":
+            raise ValueError(f"{match[2]} are of the student: leave --who {who} away")
         else:
-            make = table if match[2] == "table" else verdicts
-            made = make(chosen, who=who, twins=twins)
+            made = details(chosen) if match[2] == "details" else cells(chosen, twins=twins)
         return f"{match[1]}{made}\n{match[4]}"
 
     return _TABLE.sub(renewed, path.read_text())

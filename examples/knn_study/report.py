@@ -24,6 +24,7 @@ class Row:
     test: dict[int, float] = field(default_factory=dict)
     rate: dict[int, float] = field(default_factory=dict)
     base_loss: dict[int, float] = field(default_factory=dict)
+    made: dict[int, tuple[str, str]] = field(default_factory=dict)  # fingerprints: data, code
 
 
 def twin_of(settings: Settings) -> Settings:
@@ -48,6 +49,7 @@ def rows(records: Sequence[Record], *, who: str = "student") -> list[Row]:
         row.validation[settings.seed] = record["validation"][who][-1]
         row.best[settings.seed] = max(record["validation"][who])
         row.test[settings.seed] = record["test"][who]
+        row.made[settings.seed] = record.get("data", ""), record.get("code", "")
         if losses := record.get("base_loss"):
             row.base_loss[settings.seed] = losses[-1]
         if record["rate"]:
@@ -84,46 +86,51 @@ def table(
         who: Whose features.
         twins: Where to look for plain twins; by default in ``records``.
     """
+    return _table(records, who, twins, measures=("validation", "best", "test"))
+
+
+def choices(
+    records: Sequence[Record], *, who: str = "student", twins: Sequence[Record] | None = None
+) -> str:
+    """The same without the test images, which choose nothing."""
+    return _table(records, who, twins, measures=("validation", "best"))
+
+
+def _table(
+    records: Sequence[Record],
+    who: str,
+    twins: Sequence[Record] | None,
+    *,
+    measures: tuple[str, ...],
+) -> str:
     found = rows(records, who=who)
     if not found:
         return f"No runs with a {who}."
     by_settings = _by_settings(records if twins is None else twins, who)
     common, varying = _common(found)
-    head = [
-        *map(_named, varying),
-        "regulariser",
-        "seeds",
-        "validation",
-        "gain",
-        "best epoch",
-        "test",
-        "gain",
-        "base loss",
-        "rate (nats)",
-    ]
-    lines = []
+    heads = {"validation": ["validation", "gain"], "best": ["best epoch"], "test": ["test", "gain"]}
+    shown = [word for name in measures for word in heads[name]]
+    head = [*map(_named, varying), "regulariser", "seeds", *shown, "base loss", "rate (nats)"]
+    lines, unlike = [], 0
     for row in found:
         plain = twin_of(row.settings)
         twin = by_settings.get(plain) if row.settings != plain else None
-        lines.append(
-            [
-                *(_text(getattr(row.settings, name)) for name in varying),
-                described(row.settings),
-                str(len(row.test)),
-                _spread(row.validation),
-                _gain(row.validation, twin.validation if twin else None),
-                _spread(row.best),
-                _spread(row.test),
-                _gain(row.test, twin.test if twin else None),
-                _spread(row.base_loss),
-                _spread(row.rate),
-            ]
-        )
+        if twin:
+            unlike += sum(made != twin.made.get(seed, made) for seed, made in row.made.items())
+        cells = []
+        for name in measures:
+            cells.append(spread(getattr(row, name)))
+            if name != "best":
+                cells.append(_gain(getattr(row, name), getattr(twin, name) if twin else None))
+        settings = [_text(getattr(row.settings, name)) for name in varying]
+        seeds, ends = str(len(row.test)), [spread(row.base_loss), spread(row.rate)]
+        lines.append([*settings, described(row.settings), seeds, *cells, *ends])
     seconds = median(record["seconds"] for record in records)
     below = ", ".join(f"{_named(name)} {_text(value)}" for name, value in common.items())
     of_all = [
         f"k-NN accuracy of the {who} in per cent, mean ± standard deviation over seeds; {below}.",
         *_failures(records),
+        *([f"Runs with a twin of other code or images: {unlike}."] if unlike else []),
         f"{len(records)} runs, median {seconds:.0f} s; {_listed(records)}.",
     ]
     return "\n".join([markdown(head, lines), "", *of_all])
@@ -195,7 +202,8 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _spread(values: dict[int, float]) -> str:
+def spread(values: dict[int, float]) -> str:
+    """Mean and standard deviation over seeds."""
     if not values:
         return ""
     several = f" ± {stdev(values.values()):.2f}" if len(values) > 1 else ""

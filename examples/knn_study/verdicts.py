@@ -49,14 +49,14 @@ def verdicts(
     """
     known = [_confirming(row) for row in rows(records if twins is None else twins, who=who)]
     plain_runs = {row.settings: row for row in known}
-    idle = {_untrained(r.settings): r for r in known if r.settings.regulariser == "untrained"}
+    idle = {untrained_of(r.settings): r for r in known if r.settings.regulariser == "untrained"}
     shown = [_confirming(row) for row in rows(records, who=who)]
     rivals = [r for r in shown if r.settings.regulariser not in ("climb", "untrained")]
     tested: list[tuple[Row, Row, Row | None]] = []
     for row in shown:
         plain = plain_runs.get(twin_of(row.settings))
         if plain and row.settings.regulariser not in ("plain", "untrained"):
-            tested.append((row, plain, idle.get(_untrained(row.settings))))
+            tested.append((row, plain, idle.get(untrained_of(row.settings))))
     over_plain = [gains(row.validation, plain.validation) for row, plain, _ in tested]
     best = [_best_rival(row, rivals) or plain for row, plain, _ in tested]
     over_rival = [
@@ -109,13 +109,13 @@ def _confirming(row: Row) -> Row:
     """The row without the seeds that choose."""
     kept = {
         name: {seed: value for seed, value in getattr(row, name).items() if seed not in CHOOSING}
-        for name in ("validation", "best", "test", "rate", "base_loss")
+        for name in ("validation", "best", "test", "rate", "base_loss", "made")
     }
     return replace(row, **kept)
 
 
-def _untrained(settings: Settings) -> Settings:
-    """The settings that tell one untrained network from another."""
+def untrained_of(settings: Settings) -> Settings:
+    """Of a training: the settings that tell one untrained network from another."""
     plain = twin_of(settings)
     return replace(plain, **{name: getattr(Settings(), name) for name in OF_TRAINING})
 

@@ -791,6 +791,22 @@ class TestReport:
         assert self.cells(early, late)["plain"][1] == "51.00 ± 1.41"
         assert self.cells(early, late)["plain"][3] == "56.00 ± 5.66"
 
+    def test_choices_are_made_without_the_test_images(self) -> None:
+        from knn_study.report import choices
+
+        shown = choices([line(50), line(52, **CLIMB)]).splitlines()
+        assert "test" not in shown[0]
+        assert "| climb, beta 0.01 | 1 | 52.00 | +2.00 | 52.00 |" in shown[3]
+
+    def test_a_twin_of_other_code_or_images_is_said(self) -> None:
+        from knn_study.report import table
+
+        said = "Runs with a twin of other code or images: 1."
+        plain, climb = line(50), line(52, **CLIMB)
+        assert said not in table([plain, climb])
+        for name in ("code", "data"):
+            assert said in table([plain, {**climb, name: "other"}])
+
     def test_nothing_is_measured(self) -> None:
         from knn_study.report import table
 
@@ -894,6 +910,58 @@ class TestVerdicts:
         values = [x + 0.22 for x in self.SPREAD]
         assert p_value(values) < 0.05
         assert holm([p_value(values), 0.9])[0] == pytest.approx(2 * p_value(values))
+
+
+class TestCells:
+    """What became of the cells of a grid: here teacher momentum 0.9 and 0.99."""
+
+    def run(self, accuracy: float, seed: int = 0, loss: float = 1.0, **values: Any) -> Any:
+        made = line(accuracy, seed=seed, method="dino", **values)
+        return {**made, "base_loss": [9.0, loss]}
+
+    def cells(self, records: list[Any]) -> dict[str, list[str]]:
+        """The lines, by their first cells; the second table's begin with the contender."""
+        from knn_study.cells import cells
+
+        rows = [r.strip("|").split("|") for r in cells(records).splitlines() if r]
+        return {" ".join(map(str.strip, row[:2])): [*map(str.strip, row[2:])] for row in rows}
+
+    def grid(self) -> list[Any]:
+        uniform = math.log(TINY["prototypes"]) - 0.04
+        known = []
+        for seed in (0, 1):
+            known += [
+                self.run(30, seed, regulariser="untrained"),
+                self.run(40 + seed, seed, momentum=0.99),
+                self.run(31, seed, uniform, momentum=0.9),
+                self.run(29, seed, momentum=0.99, **CLIMB),
+                self.run(42, seed, momentum=0.9, **CLIMB),
+            ]
+        return known
+
+    def test_each_says_how_it_ended(self) -> None:
+        shown = self.cells(self.grid())
+        assert shown["wrong pairs momentum"] == ["teacher temperature", "plain", "climb, beta 0.01"]
+        assert shown["0 0.9"] == ["0.04", "31.00 ± 0.00, uniform", "42.00 ± 0.00"]
+        assert shown["0 0.99"] == ["0.04", "40.50 ± 0.71", "29.00 ± 0.00, nothing learned"]
+
+    def test_mean_worst_and_number(self) -> None:
+        shown = self.cells(self.grid())
+        assert shown["mean of 2 cells "] == ["", "35.75", "35.50"]
+        assert shown["worst of 2 cells "] == ["", "31.00", "29.00"]
+        assert shown["collapsed of 2 cells "] == ["", "1", "1"]
+
+    def test_cells_that_a_contender_lacks_are_in_no_mean(self) -> None:
+        known = [one for one in self.grid() if one["settings"]["regulariser"] != "climb"]
+        known += [self.run(42, momentum=0.9, **CLIMB)]
+        shown = self.cells(known)
+        assert shown["0 0.99"] == ["0.04", "40.50 ± 0.71", ""]
+        assert shown["mean of 1 cells "] == ["", "31.00", "42.00"]
+
+    def test_the_best_is_compared_with_the_best_of_dinos_own(self) -> None:
+        shown = self.cells(self.grid())
+        assert shown["0 plain"] == ["0.99", "0.04", "40.50 ± 0.71", ""]
+        assert shown["0 climb, beta 0.01"] == ["0.9", "0.04", "42.00 ± 0.00", "+1.50"]
 
 
 def test_details_are_of_the_last_epoch() -> None:
