@@ -119,10 +119,16 @@ def has_hook(module: nn.Module, number: int) -> bool:
     return number in module._forward_hooks or number in module._forward_pre_hooks
 
 
-def clear_hooks(module: nn.Module) -> None:
-    """Takes all forward (pre-)hooks off one module; handles take off one hook at a time only."""
-    module._forward_hooks.clear()
-    module._forward_pre_hooks.clear()
+def without_hooks(module: nn.Module) -> dict[int, Any]:
+    """A memo for ``copy.deepcopy`` with which the copy of the module has no forward (pre-)hooks.
+
+    Handles take off one hook at a time only; and what the hooks belong to may be beyond copying.
+    """
+    return {
+        id(hooks): type(hooks)()
+        for part in module.modules()
+        for hooks in (part._forward_hooks, part._forward_pre_hooks)
+    }
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from climb_plugin._run.host import find_host
 from climb_plugin._run.place import Place, find_place
-from climb_plugin._run.refusals import check_module, check_pair, named_tensors
+from climb_plugin._run.refusals import check_module, check_pair
 from climb_plugin._torch import backward_pass, has_hook, is_replica
 from climb_plugin.checks import warn
 from climb_plugin.head import GaussianHead
@@ -108,16 +109,19 @@ def hang(
     place: Place, student: nn.Module, teacher: nn.Module | None, *, init_std: float, logvar: str
 ) -> Attached:
     """Hangs a head in a given place, and a frozen twin on ``teacher``."""
-    parameter = next(student.parameters())
-    with torch.device(parameter.device):
-        head = GaussianHead(place.width, init_std=init_std, logvar=logvar).to(parameter.dtype)
+    # The first may be one of integers, as in a quantised layer.
+    parameters = list(student.parameters())
+    like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+    with torch.device(parameters[0].device):
+        head = GaussianHead(place.width, init_std=init_std, logvar=logvar).to(like.dtype)
     _say_what_is_wide(head, student)
+    host = find_host(student, teacher, path=place.path)
     hung = [_Hung(head, place)]
     if teacher is not None:
         # A copy: building a second head would restart the noise.
         hung.append(_Hung(copy.deepcopy(head).requires_grad_(False), place))
-        hung[1].hang(teacher)
-    hung[0].hang(student)
+        hung[1].hang(teacher, host)
+    hung[0].hang(student, host)
     return Attached(head, student, teacher, hung)
 
 
@@ -135,8 +139,8 @@ class _Hung:
         self._handles: list[RemovableHandle] = []
         self._inside = False
 
-    def hang(self, module: nn.Module) -> None:
-        host = _host(module, self.place)
+    def hang(self, module: nn.Module, path: str) -> None:
+        host = module.get_submodule(path)
         if hasattr(host, NAME):
             raise ValueError(
                 f"{NAME!r} is what the head is called in its place, and {type(host).__name__} has "
@@ -220,13 +224,20 @@ class _Hung:
         )
 
     def _check(self, module: nn.Module) -> None:
-        """Raises if the layer that holds the head, or the sampled one, has been replaced."""
-        if not any(part is self.head for part in module.modules()):
+        """Raises if the layer that holds the head, or the sampled one, has been replaced.
+
+        The head trains if the module does, whatever the layer that holds it does.
+        """
+        parts = module.modules()
+        host = next((p for p in parts if any(c is self.head for c in p.children())), None)
+        if host is None:
             raise RuntimeError(
                 f"the layer of {type(module).__name__} that held the parameters of its "
                 "GaussianHead was replaced or removed, so model.parameters() and checkpoints lack "
                 "them: take CLIMB out before such a change (unwrap) and wrap the loss after it."
             )
+        if not host.training:  # a dropout, say, that is kept in eval(): the module trains
+            self.head.train()
         if self.place.before or not self.place.path:
             return
         try:
@@ -251,20 +262,3 @@ def _say_what_is_wide(head: GaussianHead, student: nn.Module) -> None:
             f"{there:,} of the projection head. logvar='shared' has {head.out_features:,}: one "
             "for each dimension, the same for every image."
         )
-
-
-def _host(module: nn.Module, place: Place) -> nn.Module:
-    """The layer whose child the head becomes, so that the head's parameters are in the model.
-
-    That is the last layer without parameters, such as an activation, that the module has only once.
-    A layer with parameters may be indexed, frozen, saved or cut off, and then must hold none of
-    CLIMB's. (A DINO head's prototypes even lose their gradients in the first epoch.) If there is no
-    such layer: the last layer of the part that the head acts on.
-    """
-    names: list[nn.Module] = [part for _, part in module.named_modules(remove_duplicate=False)]
-    leaves = [part for part in names if names.count(part) == 1 and not any(part.children())]
-    free = [part for part in leaves if not any(True for _ in named_tensors(part))]
-    if free:
-        return free[-1]
-    own = set(module.get_submodule(place.path).modules())
-    return next((part for part in reversed(leaves) if part in own), module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from climb_plugin._graph import noise
 from climb_plugin._run.watch import Watch
 from climb_plugin.checks import checked_number, checked_step, warn
-from climb_plugin.distributed import beside, mean_over_ranks
+from climb_plugin.distributed import beside, mean_over_ranks, world_size
 from climb_plugin.head import GaussianHead
 from climb_plugin.prior import prior_name
 from climb_plugin.schedule import Schedule, as_schedule
@@ -55,7 +56,8 @@ class Climb:
         self.schedule = settings.schedule
         self.observers: list[Callable[[ClimbTerms, bool], None]] = []
         self.watches = True
-        self.watch = Watch(heads, priors, prior=self._prior, check_base=check_base)
+        students = [item.student for item in attached]
+        self.watch = Watch(heads, priors, students, prior=self._prior, check_base=check_base)
         self._terms: ClimbTerms | None = None
 
     @property
@@ -129,21 +131,32 @@ class Climb:
 
     @property
     def beta(self) -> float:
-        """The weight of the bottleneck at this step; an AttributeError if that cannot be told."""
+        """The weight of the bottleneck at this step; set, it replaces the schedule.
+
+        Raises:
+            AttributeError: If the schedule cannot tell.
+        """
         try:
             return float(self.weight())
         except ValueError as error:
             raise AttributeError(str(error)) from error
 
+    @beta.setter
+    def beta(self, beta: float | Schedule) -> None:
+        self.schedule = beta
+
     def weight(self) -> float | Tensor:
         """As :attr:`beta`, without waiting for a device."""
-        step = self.step
-        if self._rates and step != self._rates_step:
+        self._observe()
+        return beta_at(self.schedule, self.step)
+
+    def _observe(self) -> None:
+        """Shows the schedule the rate of a step that is over."""
+        if self._rates and self.step != self._rates_step:
             last = self._rates[-1]
-            rate = torch.stack([beside(last, rate) for rate in self._rates]).mean()
+            rate = torch.stack([beside(last, rate) for rate in self._rates]).nanmean()
             self._rates = []
             self.schedule.observe(self._rates_step, rate)
-        return beta_at(self.schedule, step)
 
     @property
     def step(self) -> int:
@@ -157,17 +170,19 @@ class Climb:
         """
         self.watch.steps.set_to(checked_step(step))
 
-    def trains(self, base: Tensor, penalty: Tensor) -> None:
-        """Notes a call that will have a backward pass.
+    def trains(self, value: Tensor, penalty: Tensor | None) -> None:
+        """Notes a call that trains: the loss, and the penalty in it if there are posteriors.
 
         A schedule sees one rate a step, the mean over the calls of the step (gradient
-        accumulation, a loss per view, the closures of LBFGS), once the step is over.
+        accumulation, a loss per view, the closures of LBFGS), once the step is over. A call without
+        posteriors counts as a step as well; other ranks may have some.
         """
-        if self._schedule.needs_rate:
+        if self._schedule.needs_rate and (penalty is not None or world_size() > 1):
+            self._observe()
             # Averaged over the ranks at once: a checkpoint of one rank is then right for all.
             self._rates.append(mean_over_ranks(self.terms.rate.detach().float()))
             self._rates_step = self.step
-        self.watch.trains(base, penalty)
+        self.watch.trains(value, penalty)
 
     def state(self) -> dict[str, Any]:
         """As :meth:`~climb_plugin.ClimbLoss.climb_state`."""
@@ -177,7 +192,8 @@ class Climb:
         if own:
             state["schedule"] = {type(self.schedule).__name__: copied(own)}
         if self.schedule.needs_rate:
-            state["rates"] = [self._rates_step, *map(float, self._rates)]
+            rates = [rate for rate in map(float, self._rates) if not math.isnan(rate)]
+            state["rates"] = [self._rates_step, *rates]
         state["noise"] = list(noise.position() or (0, 0))
         return state
 

@@ -5,6 +5,7 @@ No answer is cached: a process group may be made after the model.
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,12 +21,16 @@ def world_size() -> int:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of a detached scalar over all ranks, the same on each; one all-reduce."""
+    """The mean of a detached scalar over the ranks, the same on each; one all-reduce.
+
+    A rank whose value is NaN has none, but takes part. NaN if no rank has one.
+    """
     if world_size() == 1:
         return value
-    value = value.clone()
-    dist.all_reduce(value)
-    return value / world_size()
+    known = ~value.isnan()
+    total = torch.stack([value.nan_to_num(nan=0.0), known.to(value.dtype)])
+    dist.all_reduce(total)
+    return total[0] / total[1]
 
 
 def beside(other: Tensor, value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,9 +91,10 @@ class Door(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or not hasattr(_base_of(self), name):
+            base = _base_of(self)
+            if name.startswith("__") or base is None:
                 raise
-        return self._guarded(name, getattr(self.base, name))
+        return self._guarded(name, getattr(base, name))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward":
@@ -169,6 +170,17 @@ class Door(nn.Module):
         return guarded
 
 
+def say_what_is_the_modules(base: Callable[..., Tensor]) -> None:
+    """Warns of methods of a base that is no module, which the criterion has for itself."""
+    hidden = [] if isinstance(base, nn.Module) else [n for n in _OF_TORCH if hasattr(type(base), n)]
+    if hidden:
+        warn(
+            f"{type(base).__name__} is no nn.Module, and has {', '.join(sorted(hidden))}: as an "
+            "attribute of the criterion each of these is that of a module, which the criterion "
+            f"is. Call criterion.base.{min(hidden)}(...), or make the loss an nn.Module."
+        )
+
+
 def _base_of(criterion: Door) -> Any:
     """The base, or None while the criterion is being built or unpickled."""
     own = criterion.__dict__
@@ -187,18 +199,15 @@ def _owner(criterion: Door, target: str) -> Any:
 def _save_as_base(
     criterion: Door, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:
-    for key in [key for key in state if key.startswith(prefix + "base.")]:
-        state[prefix + key[len(prefix + "base.") :]] = state.pop(key)
+    _rename(state, prefix + "base.", prefix)
     metadata[_METADATA] = criterion.climb.state()
 
 
 def _load_from_base(
     criterion: Door, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
 ) -> None:
-    own = prefix + "climb_priors."
     if isinstance(criterion.base, nn.Module):
-        for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
-            state[prefix + "base." + key[len(prefix) :]] = state.pop(key)
+        _rename(state, prefix, prefix + "base.", but=prefix + "climb_priors.")
     climb, saved = criterion.climb, metadata.get(_METADATA)
     if saved is not None:
         climb.load_state(saved)
@@ -207,6 +216,12 @@ def _load_from_base(
             "this state dict holds no CLIMB step (a plain loss, or its metadata was dropped): "
             f"beta goes on from step {climb.step}; set_step(n) says otherwise."
         )
+
+
+def _rename(state: dict[str, Any], old: str, new: str, *, but: str | None = None) -> None:
+    """Gives keys another beginning, in place and all at once: one may become what another was."""
+    keys = [key for key in state if key.startswith(old) and not (but and key.startswith(but))]
+    state.update({new + key[len(old) :]: value for key, value in [(k, state.pop(k)) for k in keys]})
 
 
 def _clash(name: str) -> str:
@@ -235,6 +250,10 @@ def _tensors(result: Any) -> Iterator[Tensor]:
     if isinstance(result, Mapping):
         result = list(result.values())
     elif hasattr(result, "__dataclass_fields__") and not isinstance(result, (list, tuple)):
+        result = [getattr(result, name, None) for name in result.__dataclass_fields__]
+    elif hasattr(result, "__attrs_attrs__"):
+        result = [getattr(result, field.name, None) for field in result.__attrs_attrs__]
+    elif isinstance(result, SimpleNamespace):
         result = list(vars(result).values())
     if isinstance(result, (list, tuple)):
         for item in result:

@@ -159,9 +159,9 @@ class GaussianHead(nn.Module):
         if not self.logvar.is_at_start():
             warn(
                 "the log-variance of a GaussianHead does not start at init_std="
-                f"{self.init_std}: something has initialised its parameters anew, as a loop over "
-                "model.parameters() does. Call head.reset_parameters() after that loop, or wrap "
-                "the loss after it."
+                f"{self.init_std}: its parameters were set before its first sample. If trained "
+                "ones were copied into it, all is well. If an initialiser has gone through "
+                "model.parameters(), call head.reset_parameters() after that, or wrap after it."
             )
 
     def _note_mean(self) -> None:

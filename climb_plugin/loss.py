@@ -15,7 +15,7 @@ from climb_plugin._torch import is_batched
 from climb_plugin.attach import Attached
 from climb_plugin.checks import checked_scalar
 from climb_plugin.climb import Climb
-from climb_plugin.door import Door, Short
+from climb_plugin.door import Door, Short, say_what_is_the_modules
 from climb_plugin.gaussian import Posterior, conditional_entropy, widened
 from climb_plugin.head import GaussianHead, no_autocast, outside_compiled_code
 from climb_plugin.prior import Prior, PriorLike, make_priors, per_sample
@@ -96,6 +96,7 @@ class ClimbLoss(Door):
                 "this loss is or holds a ClimbLoss already, so the rate would count twice: wrap "
                 "the plain loss, once."
             )
+        say_what_is_the_modules(base)
         settings = Settings(beta=beta, alpha=alpha, prior=prior, views=views, free_nats=free_nats)
         items = tuple(heads) if isinstance(heads, Sequence) else (heads,)
         checked = _checked_heads(items)
@@ -247,6 +248,8 @@ def _with_bottleneck(
     used = [(prior, views) for prior, views in zip(priors, found, strict=True) if views]
     if not used:
         climb.show(detached_terms(scalar, scalar, None, None, 0.0), is_regularised=False)
+        if torch.is_grad_enabled() and any(head.training for head in climb.heads):
+            climb.trains(value, None)
         return value
     used_priors, posteriors = zip(*used, strict=True)
     beta = climb.weight()
@@ -259,7 +262,7 @@ def _with_bottleneck(
         fixed = None if any(prior.compares_views for prior in used_priors) else added.rates
         climb.watch.terms(terms, posteriors, fixed, base)
     if added.penalty.requires_grad:
-        climb.trains(scalar, added.penalty)
+        climb.trains(value, added.penalty)
     # FSDP warns if a module that it shards returns a reshaped alias of another tensor.
     return total if value.ndim == 0 else total.reshape(value.shape)
 

@@ -221,6 +221,31 @@ def target_rate(rank: int, world: int) -> dict[str, Any]:
     }
 
 
+class Selected(Step):
+    """As of masked tokens: the head sees some rows of a batch, or none."""
+
+    def forward(self, view: Tensor, chosen: Tensor) -> Tensor:
+        return self.loss(self.net.project(self.net.first(view).tanh()[chosen]))
+
+
+def empty_selection(rank: int, world: int, beta: float | Schedule) -> dict[str, Any]:
+    torch.manual_seed(0)
+    net = Net()
+    loss = ClimbLoss(lambda z: z.square().sum(), heads=net.head, beta=beta)
+    model = DistributedDataParallel(Selected(net, loss).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    betas = []
+    for batch in range(STEPS):
+        view, _ = views(world, batch)[rank]
+        # No row on rank 0 in every second step, nor on any rank in the last.
+        some = (rank > 0 or batch % 2 == 1) and batch < STEPS - 1
+        model(view, torch.full((len(view),), some)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        betas.append(float(loss.beta))
+    return {"betas": betas, "step": loss.step, "parameters": values(model)}
+
+
 def shard(step: Step, how: str, **options: Any) -> Step:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -345,6 +370,8 @@ def scenarios(rank: int, world: int, folder: str) -> dict[str, Callable[[], Any]
                 add(name, gradients, prior, batches, uneven, weighted)
     add("accumulation", accumulation)
     add("target rate", target_rate)
+    add("empty, ramp", empty_selection, Linear(BETA, warmup=STEPS))
+    add("empty, target rate", empty_selection, TargetRate(TARGET, beta=BETA))
     for prior in ("", *PRIORS):
         add(f"collectives, {prior}", collectives, prior, False)
     add("collectives, target rate", collectives, "standard", True)

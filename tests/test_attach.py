@@ -230,6 +230,114 @@ def assert_rate(loss: ClimbLoss, student: nn.Module, rows: Tensor, mean: Tensor)
     torch.testing.assert_close(loss.terms.rate, rates(mean).mean(), rtol=1e-3, atol=0.0)
 
 
+def gaussian_in(module: nn.Module) -> set[str]:
+    """Paths of the layers that hold a head."""
+    return {
+        name.removesuffix(".gaussian") for name, _ in module.named_modules() if "gauss" in name[-8:]
+    }
+
+
+class Prototypes(nn.Module):
+    """As DINO's head, with whatever maps the normalised embedding to scores."""
+
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.last = mlp(16, 32, 8), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.normalize(self.mlp(x), dim=-1))
+
+
+class TestTheLayerThatHoldsTheHead:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: nn.Sequential(nn.Linear(16, 32), nn.Dropout(0), nn.Linear(32, 8)),
+            lambda: nn.Sequential(nn.Linear(16, 8), nn.Dropout(0)),
+            lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8), nn.Dropout(0)),
+        ],
+        ids=["within", "end", "behind an activation"],
+    )
+    def test_dropouts_that_are_kept_in_eval(self, make: Callable[[], nn.Sequential]) -> None:
+        student, rows = make(), torch.randn(4, 16)
+        loss = wrap(square, student=student, beta=1e-3)
+        for part in student.modules():
+            if isinstance(part, nn.Dropout):
+                part.eval()
+        assert_rate(loss, student, rows, copy.deepcopy(student).eval()(rows))
+        student.eval()
+        assert torch.equal(student(rows), student(rows))
+
+    def test_a_head_in_eval_stays_in_eval(self) -> None:
+        student, rows = sequential(), torch.randn(4, 16)
+        (head,) = wrap(square, student=student, beta=1e-3).heads
+        head.eval()
+        assert torch.equal(student(rows), student(rows))
+
+    def test_norms_that_are_frozen(self) -> None:
+        student = Net(embedded_and_normed)
+        (head,) = wrap(square, student=student, beta=1e-3).heads
+        student.norm.requires_grad_(False)
+        assert all(p.requires_grad for p in head.parameters())
+
+    @pytest.mark.parametrize(
+        "last",
+        [
+            lambda: parametrizations.weight_norm(nn.Linear(8, 20, bias=False)),
+            lambda: nn.Sequential(nn.Dropout(0), nn.Linear(8, 20)),
+        ],
+        ids=["parametrized", "dropout"],
+    )
+    def test_prototypes_hold_none(self, last: Callable[[], nn.Module]) -> None:
+        """Their gradients are cancelled by name, they are frozen, and replaced."""
+        student = Prototypes(last())
+        wrap(square, student=student, beta=1e-3)
+        assert gaussian_in(student) == {"mlp.1"}
+
+    def test_an_activation_that_the_backbone_has_too(self) -> None:
+        act = nn.ReLU()
+        backbone = nn.Sequential(nn.Linear(16, 16), act)
+        student = nn.Sequential(nn.Linear(16, 32), act, nn.Linear(32, 8))
+        keys, rows = list(backbone.state_dict()), torch.randn(4, 16)
+        loss = wrap(square, student=student, beta=1e-3)
+        assert list(backbone.state_dict()) == keys
+        backbone.eval().requires_grad_(False)  # locked
+        features = backbone(rows)
+        assert_rate(loss, student, features, copy.deepcopy(student).eval()(features))
+        assert all(p.requires_grad for p in loss.heads[0].parameters())
+
+    def test_an_activation_that_student_and_teacher_share(self) -> None:
+        """As a default argument that is built once; their parameters still pair one to one."""
+        act = nn.ReLU()
+        student, teacher = (
+            nn.Sequential(nn.Linear(16, 32), act, nn.Linear(32, 8)) for _ in range(2)
+        )
+        loss = wrap(square, student=student, teacher=teacher, beta=1e-3)
+        assert gaussian_in(student) == gaussian_in(teacher) != {"1"}
+        teacher.load_state_dict(student.state_dict())
+        rows = torch.randn(4, 16)
+        assert torch.equal(teacher.requires_grad_(False)(rows), teacher(rows))
+        unwrap(loss)
+        assert gaussian_in(student) == gaussian_in(teacher) == set()
+
+    def test_an_activation_that_garbage_has_too(self) -> None:
+        """The place must not hang on when the collector ran."""
+        student = sequential()
+        garbage = nn.Sequential(student[1])
+        garbage.itself = [garbage]
+        del garbage
+        wrap(square, student=student, beta=1e-3)
+        assert gaussian_in(student) == {"1"}
+
+    def test_a_first_parameter_of_integers(self) -> None:
+        student = sequential()
+        packed = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+        student.packed = packed
+        student._parameters = {"packed": packed}
+        (head,) = wrap(square, student=student, beta=1e-3).heads
+        assert head.logvar.weight.dtype == torch.float32
+
+
 class TestStateIsFloatingPointParameters:
     @pytest.mark.parametrize(
         "change",

@@ -225,6 +225,16 @@ def test_a_target_rate_is_that_of_all_ranks(world: Ranks) -> None:
     assert first["betas"][-1] != pytest.approx(ranks.BETA, rel=1e-3)
 
 
+@pytest.mark.parametrize("schedule", ["ramp", "target rate"])
+def test_ranks_whose_selection_is_empty_go_on_like_the_others(world: Ranks, schedule: str) -> None:
+    first, *others = world[f"empty, {schedule}"]
+    assert first["step"] == ranks.STEPS
+    assert len(set(first["betas"])) >= ranks.STEPS - 1  # nothing is observed in the last step
+    for other in others:
+        assert (other["betas"], other["step"]) == (first["betas"], first["step"])
+        assert_equal(other["parameters"], first["parameters"])
+
+
 @pytest.mark.parametrize("prior", ranks.PRIORS)
 def test_no_collective_more_than_without(world: Ranks, prior: str) -> None:
     plain = world["collectives, "]

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -384,6 +385,81 @@ def test_what_a_base_returns_beside_a_scalar_is_refused_before_anything_is_train
             loss(loss.heads[0](torch.randn(5, 4)))
         assert not hasattr(loss, "terms")
         assert loss.step == 0
+
+
+class Nested(nn.Module):
+    """A loss around a loss, whose layers are called alike on both levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.base = nn.Linear(1, 1), nn.Module()
+        self.base.net = nn.Linear(1, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.square().mean()
+
+
+def test_keys_that_are_alike_but_for_the_level() -> None:
+    plain, loss, other = Nested(), make(Nested()), make(Nested())
+    loss.load_state_dict(plain.state_dict())
+    other.load_state_dict(dict(reversed(loss.state_dict().items())))
+    for name, value in plain.state_dict().items():
+        assert torch.equal(loss.state_dict()[name], value)
+        assert torch.equal(other.base.state_dict()[name], value)
+
+
+@dataclass(slots=True)
+class Slots:
+    value: Tensor
+
+
+@pytest.mark.parametrize("kind", [Slots, lambda value: SimpleNamespace(value=value)])
+def test_results_of_other_kinds_are_looked_into(kind: Callable[..., Any]) -> None:
+    base = Base()
+    type(base).parts = lambda self, z: kind(value=z.sum())
+    try:
+        loss = make(base)
+        assert float(loss.parts(torch.ones(2, 4)).value) == 8.0
+        with pytest.raises(RuntimeError, match="depends on a sample"):
+            loss.parts(loss.heads[0](torch.randn(5, 4, requires_grad=True)))
+    finally:
+        del type(base).parts
+
+
+def test_beta_can_be_set() -> None:
+    loss = make(Base())
+    loss.beta = 0.02
+    assert loss.beta == 0.02
+    assert repr(loss.schedule) == "Constant(beta=0.02)"
+    with pytest.raises(ValueError, match="beta must be finite and not negative, got -1"):
+        loss.beta = -1
+
+
+def test_a_property_of_the_base_is_computed_once() -> None:
+    class Counting(Base):
+        @property
+        def count(self) -> int:
+            self.calls += 1
+            return self.calls
+
+    base = Counting()
+    base.calls = 0
+    loss = make(base)
+    assert [loss.count, loss.count] == [1, 2]
+
+
+def test_methods_that_a_base_which_is_no_module_has_in_vain_are_told() -> None:
+    class Plain:
+        def __call__(self, z: Tensor) -> Tensor:
+            return z.square().mean()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"center": 0.0}
+
+    with pytest.warns(UserWarning, match=r"has state_dict:.*criterion\.base\.state_dict\(") as said:
+        make(Plain())
+    assert len(said) == 1
+    assert said[0].filename == __file__
 
 
 def test_copies_are_doors_of_their_own() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -47,8 +49,46 @@ def test_batches_without_positives_are_said_once() -> None:
             else:
                 torch.testing.assert_close(loss.terms.rate, expected, rtol=1e-4, atol=0.0)
     (warning,) = said
-    assert "a batch without positives?" in str(warning.message)
+    assert "a batch without positives" in str(warning.message)
     assert warning.filename == __file__
+
+
+def test_a_batch_without_one_kind_of_image() -> None:
+    """Two heads, as of two kinds: one is not called, the other is."""
+    heads = [GaussianHead(4), GaussianHead(4)]
+    loss = ClimbLoss(lambda *z: sum(one.square().mean() for one in z), heads=heads, beta=1e-3)
+    embedding = torch.randn(6, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"no sample of heads\[1\].*not called"):
+        loss(heads[0](embedding))  # not proven yet
+    both = float(rates(embedding).mean())
+    loss(*(head(embedding) for head in heads))
+    assert float(loss.terms.rate) == pytest.approx(2 * both, rel=1e-5)
+    with pytest.warns(UserWarning, match="without that kind of image"):
+        loss(heads[0](embedding))
+    assert float(loss.terms.rate) == pytest.approx(both, rel=1e-5)
+    with pytest.raises(RuntimeError, match="not called"):
+        loss(embedding.sum())  # none at all
+
+
+def test_two_trainings_in_two_threads() -> None:
+    """Each is within its base loss at the same moment, and draws noise of its own."""
+    both, noises = threading.Barrier(2, timeout=60), []
+
+    def base(z: Tensor) -> Tensor:
+        both.wait()
+        return z.square().mean()
+
+    def training(head: GaussianHead) -> None:
+        loss = ClimbLoss(base, heads=head, beta=1e-3)
+        for _ in range(20):
+            sample = head(torch.zeros(4, 4, requires_grad=True))
+            noises.append(sample.detach())
+            loss(sample).backward()
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(training, head) for head in (GaussianHead(4), GaussianHead(4))]:
+            done.result()
+    assert len({tuple(one.flatten().tolist()) for one in noises}) == 40
 
 
 def test_before_the_wiring_is_proven_it_is_an_error() -> None:

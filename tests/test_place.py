@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -96,6 +99,13 @@ PLACES = {
     "divided by the norm and an epsilon": net(
         finish=lambda net, z: net.prototypes(z / (z.norm(dim=-1, keepdim=True) + 1e-6)) / 0.1
     ),
+    "divided by the norm and a large epsilon": net(
+        finish=lambda net, z: net.prototypes(z / (z.norm(dim=-1, keepdim=True) + 1e-4))
+    ),
+    "divided by the root of the squares and an epsilon": net(
+        finish=lambda net, z: z / (z.square().sum(dim=-1, keepdim=True) + 1e-4).sqrt()
+    ),
+    "layer norm, as a function": net(lambda net, x: F.layer_norm(embedded(net, x), (8,))),
     "behind a batch norm": net(embedded_and_normed, normalised),
     "normalised in training alone": net(finish=normalised_in_training),
     "normalised in eval alone": net(finish=lambda net, z: z if net.training else unit(z)),
@@ -158,16 +168,55 @@ def test_looking_for_it_leaves_no_trace() -> None:
     head.last.register_forward_hook(lambda *_: seen.append("hook"))
     head.hidden.register_forward_pre_hook(lambda *_: seen.append("pre-hook"))
     everywhere = nn.modules.module.register_module_forward_hook(lambda *_: seen.append("global"))
-    before, random = states(head), torch.get_rng_state()
+    before, numbers = states(head), torch.get_rng_state()
     try:
         wrap(square, student=head, beta=0)
     finally:
         everywhere.remove()
     assert seen == []
     assert head.calls == 0
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), numbers)
     assert states(head) == before
     assert all(p.grad is None for p in head.parameters())
+
+
+def test_looking_for_it_moves_no_random_numbers_of_python_and_numpy() -> None:
+    def forward(net: Net, z: Tensor) -> Tensor:
+        return z * (1 + 1e-3 * random.random() + 1e-3 * np.random.rand())
+
+    head = Net(finish=forward)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    wrap(square, student=head, beta=0)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+class Hooked:
+    """A user's extractor: its hook cannot be copied, as it keeps an output with a graph."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.seen.append(output)
+
+
+def test_what_deepcopy_refuses_is_in_the_way_only_if_the_module_needs_it() -> None:
+    head, extractor = Net(), Hooked()
+    head.last.register_forward_hook(extractor)
+    head.outputs, head.generator = [], torch.Generator().manual_seed(3)
+    head.outputs.append(head(torch.randn(4, 16)))
+    state = head.generator.get_state()
+    loss = wrap(square, student=head, beta=1e-3)
+    assert len(extractor.seen) == len(head.outputs) == 1
+    assert torch.equal(head.generator.get_state(), state)
+    loss(head(torch.randn(4, 16))).backward()
+    assert len(extractor.seen) == 2
+    locked = Net()
+    locked.writer = threading.Lock()
+    with pytest.raises(
+        ValueError, match=r"Net\.writer cannot be copied.*after the loss is wrapped"
+    ):
+        wrap(square, student=locked, beta=1e-3)
 
 
 class TestFeatures:

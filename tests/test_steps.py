@@ -317,6 +317,37 @@ class TestHealthy:
         train(student, loss, optimizer)
         assert loss.step == 10
 
+    @pytest.mark.parametrize("moved", ["predictor", "input", "the loss's own"])
+    def test_an_optimiser_of_what_is_not_the_projection(self, moved: str) -> None:
+        """As in a warm-up of the predictor, in prompt tuning, in a search for a temperature."""
+        student, predictor, rows = make_student(), nn.Linear(4, 4), torch.randn(4, 8)
+        own = nn.Parameter(torch.ones(()))
+        rows.requires_grad_(moved == "input")
+        loss = wrap(lambda z: own * predictor(z).square().mean(), student=student, beta=1e-3)
+        of = {"predictor": [*predictor.parameters()], "input": [rows], "the loss's own": [own]}
+        optimizer = sgd(of[moved])
+        for _ in range(2):
+            loss(student(rows)).backward()
+            optimizer.step()
+
+    def test_a_loss_of_before_on_the_same_backbone(self) -> None:
+        """A dry run before the projection head is built anew, as in a notebook."""
+        backbone, first, second = nn.Linear(8, 8), make_student(), make_student()
+        stale = wrap(square, student=first, beta=1e-3)
+        stale(first(backbone(torch.randn(4, 8)))).backward()
+        loss = wrap(square, student=second, beta=1e-3)
+        model = nn.Sequential(backbone, second)
+        train(model, loss, sgd(model.parameters()))
+        assert loss.step > 0
+
+    def test_weights_can_be_swapped(self) -> None:
+        """torch refuses that for tensors that somebody refers to weakly."""
+        student = make_student()
+        loss = wrap(square, student=student, beta=1e-3)
+        train(student, loss, sgd(student.parameters()))
+        torch.utils.swap_tensors(student[0].weight, nn.Parameter(torch.zeros(8, 8)))
+        assert not student[0].weight.any()
+
     def test_an_optimiser_of_another_model(self) -> None:
         student, other = make_student(), make_student()
         strange = sgd(other.parameters())
@@ -468,6 +499,37 @@ class TestOneStepOfMany:
                     loss.load_climb_state({**state, "step": 20})  # a resume
 
         assert self.betas(loop) == [0, 1, 2, 3, 20, 21]
+
+    def test_what_was_assumed_before_the_optimiser_is_taken_back(self) -> None:
+        """gc.freeze() hides it until its first step, whose micro-batches are one step."""
+
+        def loop(student: nn.Module, loss: ClimbLoss, seen: list[float]) -> None:
+            optimizer = sgd(student.parameters())
+            gc.freeze()
+            try:
+                for _ in range(3):
+                    for _ in range(2):
+                        (self.call(student, loss, seen) / 2).backward()
+                    optimizer.step()
+            finally:
+                gc.unfreeze()
+
+        assert self.betas(loop)[2:] == [1, 1, 2, 2]
+
+    def test_steps_on_batches_without_positives_count(self) -> None:
+        student = make_student()
+        loss = wrap(
+            lambda z, some: z.square().mean() if some else 0 * student[0].weight.sum(),
+            student=student,
+            beta=Linear(1.0, warmup=10),
+        )
+        optimizer = sgd(student.parameters())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*a batch without positives")
+            for step in range(6):
+                loss(student(torch.randn(4, 8)), step % 2 == 0).backward()
+                optimizer.step()
+                assert loss.step == step + 1
 
     def test_where_somebody_sets_the_step_they_do_not(self) -> None:
         def loop(student: nn.Module, loss: ClimbLoss, seen: list[float]) -> None:

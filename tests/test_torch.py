@@ -138,7 +138,7 @@ def test_modules() -> None:
 
 
 def test_hooks() -> None:
-    tests("has_hook", "clear_hooks", "no_global_hooks")
+    tests("has_hook", "without_hooks", "no_global_hooks")
     layer, seen = nn.Linear(2, 2), []
     handles = [
         layer.register_forward_hook(lambda *_: seen.append("own")),
@@ -157,8 +157,7 @@ def test_hooks() -> None:
     assert seen.count("global") == 2
     for handle in everywhere:
         handle.remove()
-    twin = copy.deepcopy(layer)
-    _torch.clear_hooks(twin)
+    twin = copy.deepcopy(layer, _torch.without_hooks(layer))
     seen.clear()
     twin(torch.ones(1, 2))
     assert seen == []

@@ -35,6 +35,7 @@ _numbers = itertools.count(1)
 # Samples whose graph is alive and was not freed, by number and by seed.
 _alive: WeakValueDictionary[int, Sample] = WeakValueDictionary()
 _seeds: WeakValueDictionary[noise.Seed, Sample] = WeakValueDictionary()
+_seeding = threading.Lock()  # Two threads must not find the same seed free.
 # Those freed by the running backward pass, which may start their second run only after that.
 _freed: tuple[int | None, WeakSet[Sample]] = (None, WeakSet())
 
@@ -56,8 +57,9 @@ class Sample:
         if self.is_second_run:
             self.seed = noise.seed_of_first_run(fingerprint, _first_runs(head))
         else:
-            self.seed = noise.next_seed(_seeds)
-            _seeds[self.seed] = self
+            with _seeding:
+                self.seed = noise.next_seed(_seeds)
+                _seeds[self.seed] = self
         _alive[self.number] = self
 
     def intact_posterior(self) -> Posterior:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from operator import attrgetter
 from typing import TYPE_CHECKING
-from weakref import ReferenceType, ref
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -41,10 +40,10 @@ def foreign_samples_behind(value: Tensor, heads: set[GaussianHead]) -> list[Samp
     return [one for one in _search(value, oldest=0) if one.head not in heads]
 
 
-def leaves_behind(value: Tensor) -> list[ReferenceType[Tensor]]:
-    """The tensors that a backward pass of ``value`` would give a gradient, held weakly."""
+def leaves_behind(value: Tensor) -> set[int]:
+    """The ids of the tensors that a backward pass of ``value`` would give a gradient."""
     nodes = _nodes(value, oldest=0, leaves=True)
-    return [ref(node.variable) for node in nodes if hasattr(node, "variable")]
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
 
 
 def _search(value: Tensor, *, oldest: int) -> list[Sample]:

@@ -28,8 +28,9 @@ class Wiring:
     def check(self, value: Tensor, found: Sequence[Sequence[Sample]]) -> None:
         """Checks the samples of a training step, of each head those found behind the base loss.
 
-        Raises a RuntimeError if a head trains and none of its samples is there, unless the head did
-        sample and had samples in earlier losses: then this batch had no use for them.
+        Raises a RuntimeError if a head trains and none of its samples is there, unless the head had
+        samples in earlier losses, and did sample now or another head's are there: then this batch
+        had no use for it.
         """
         last, self._last = self._last, next_number()
         hidden = self._called("function", last)
@@ -53,6 +54,8 @@ class Wiring:
             return
         drawn = self._proven.intersection(self._called("sampled", last))
         lost = [place for place in trained if place not in drawn]
+        if len(missing) < len(self._heads) and self._proven.issuperset(lost):
+            lost = []  # as of a kind of image that this batch has none of
         if lost:
             raise RuntimeError(
                 f"this loss depends on no sample of {self._names(lost)}: "
@@ -62,8 +65,9 @@ class Wiring:
             )
         self._warn(
             f"this batch's base loss depends on no sample of {self._names(trained)}, though "
-            "earlier ones did (a batch without positives? Or was it detached?): for such batches "
-            "the bottleneck is left out, and terms.rate is NaN where no head is left."
+            "earlier ones did (a batch without positives, or without that kind of image? Or was it "
+            "detached, or its module replaced?): for such batches the bottleneck is left out, and "
+            "terms.rate is NaN where no head is left."
         )
 
     def _warn_of_means(self, value: Tensor, missing: list[int], last: int) -> None:

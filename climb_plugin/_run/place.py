@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from dataclasses import dataclass
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from types import SimpleNamespace
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from climb_plugin._run.living import living
-from climb_plugin._torch import clear_hooks, no_global_hooks
+from climb_plugin._run.living import are_elsewhere
+from climb_plugin._torch import no_global_hooks, without_hooks
 from climb_plugin.checks import checked_choice
 from climb_plugin.gaussian import widened
 from climb_plugin.settings import PLACES
 
 _ROWS = 4
-# So small that the epsilon of a LayerNorm shows, and that of an L2 normalisation does not yet.
-# Each row has another factor: a batch norm in training would cancel a common one.
-_FACTORS = 2.0 ** -torch.tensor([[10.0], [11.0], [12.0], [13.0]], device="cpu")
+# So large that the epsilon of a normalisation does not show. Each row has another factor: a batch
+# norm in training would cancel a common one.
+_FACTORS = 2.0 ** torch.tensor([[10.0], [11.0], [12.0], [13.0]], device="cpu")
 _FLIP = torch.tensor(-1.0, device="cpu")
 _TOLERANCE = 0.05
+_CONTAINERS = (list, tuple, dict, set, deque, SimpleNamespace)
+_OF_TORCH = frozenset(vars(nn.Module()))  # hooks, parameters, children, ...
 _YOURSELF = "put a GaussianHead(width) into it yourself, and use ClimbLoss(loss, heads=...)"
 
 
@@ -61,11 +67,14 @@ def _end_of_projection(probe: _Probe, module: nn.Module) -> Place:
             f"{_YOURSELF}."
         )
     # The last one before a normalisation: an earlier one would leave layers between.
-    for path in reversed(probe.widths):
+    for path in [*reversed(probe.widths), None]:
         if probe.is_before_normalisation(path):
-            return Place(path, False, probe.widths[path], _is_shared(module, path))
-    if probe.is_before_normalisation(None):
-        return Place("", True, probe.rows.shape[-1])
+            if probe.is_before_centring(path):  # a LayerNorm
+                break
+            if path is None:
+                return Place("", True, probe.rows.shape[-1])
+            is_shared = are_elsewhere({module: module.get_submodule(path)})
+            return Place(path, False, probe.widths[path], is_shared)
     if probe.ends_normalised():
         raise ValueError(
             f"{name} normalises its embedding, but the embedding is the output of none of its "
@@ -93,10 +102,11 @@ def _probe(module: nn.Module) -> _Probe:
     widths = _input_widths(module)
     if not widths:
         raise ValueError(f"{name} has no layer that tells the width of its input: {_YOURSELF}.")
+    copied = _copied(module, parameters=True)
     errors = []
     for width in widths:
         try:
-            return _Probe(module, width)
+            return _Probe(copied, width)
         except Exception as error:  # a user's module may raise anything
             errors.append(f"({_ROWS}, {width}): {error}")
     heads = [name for name, child in module.named_children() if _input_widths(child)]
@@ -116,19 +126,8 @@ def _input_widths(module: nn.Module) -> list[int]:
     return list(dict.fromkeys([*layers, *matrices, *vectors]))
 
 
-def _is_shared(module: nn.Module, path: str) -> bool:
-    """Whether a module outside has this submodule as a layer, too."""
-    part, own = module.get_submodule(path), set(module.modules())
-    return any(
-        part is child
-        for other in living(lambda kind: issubclass(kind, nn.Module))
-        if other not in own and "_modules" in vars(other)
-        for child in other.children()
-    )
-
-
 class _Probe:
-    """Runs copies of a module on a few random rows; the module itself is left alone.
+    """Runs copies of a module, which share its parameters, on a few random rows.
 
     ``widths`` are those of the outputs of submodules, in the order of their completion, but of
     submodules that ran more than once: a hook could not tell the runs apart.
@@ -138,7 +137,7 @@ class _Probe:
         parameter = next(module.parameters())
         generator = torch.Generator(device="cpu").manual_seed(0)
         rows = torch.randn(_ROWS, width, generator=generator, device="cpu")
-        self._module = _copied(module, parameters=True)
+        self._module = module
         self.rows = rows.to(parameter.device, widened(parameter[:0]).dtype)
         self.widths: dict[str, int] = {}
         self._unit_inputs: list[str] = []
@@ -162,6 +161,10 @@ class _Probe:
         """Whether an L2 normalisation and nothing but linear layers follow a submodule or input."""
         return self._is_close(self._rescaled(path, _FACTORS), self.output) and self._is_odd(path)
 
+    def is_before_centring(self, path: str | None) -> bool:
+        """Whether the mean of a row is taken off, as by a LayerNorm: a common offset is lost."""
+        return self._is_close(self._changed(path, lambda rows: rows + 1), self.output)
+
     def ends_normalised(self) -> bool:
         """Whether the output is normalised, or linear in something that is."""
         return _is_unit(self.output) or any(
@@ -183,7 +186,7 @@ class _Probe:
 
     def _saturates(self, path: str) -> bool:
         """Whether a great output of a submodule drives all entries to 0 or 1."""
-        great = self._rescaled(path, 1 / _FACTORS)
+        great = self._rescaled(path, _FACTORS)
         inside = bool(((great >= 0) & (great <= 1)).all())
         return inside and bool(torch.minimum(great, 1 - great).mean() < _TOLERANCE)
 
@@ -198,34 +201,43 @@ class _Probe:
 
     def _rescaled(self, path: str | None, factor: Tensor, *, before: bool = False) -> Any:
         """The result if the output (or the input) of a submodule is multiplied by a factor."""
+        return self._changed(path, lambda rows: rows * factor.to(rows), before=before)
 
-        def scaled(rows: Tensor) -> Tensor:
-            return rows * factor.to(rows)
-
+    def _changed(
+        self, path: str | None, change: Callable[[Tensor], Tensor], *, before: bool = False
+    ) -> Any:
+        """The result if the output (or the input) of a submodule is changed."""
         module = _copied(self._module, parameters=False)
         if path is None:
-            return _run(module, scaled(self.rows))
+            return _run(module, change(self.rows))
         part = module.get_submodule(path)
         if before:
-            part.register_forward_pre_hook(lambda _, args: (scaled(args[0]), *args[1:]))
+            part.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
         else:
-            part.register_forward_hook(lambda _, args, output: scaled(output))
+            part.register_forward_hook(lambda _, args, output: change(output))
         return _run(module, self.rows)
 
 
 def _run(module: nn.Module, rows: Tensor) -> Any:
     # Each run draws the same numbers, should the module draw any.
     forked = torch.random.fork_rng([rows.device] if rows.is_cuda else [])
-    with torch.no_grad(), forked, no_global_hooks():
-        return module(rows)
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.no_grad(), forked, no_global_hooks():
+            return module(rows)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _copied(module: nn.Module, *, parameters: bool) -> nn.Module:
     """A copy in training mode, without hooks; the parameters are copied too, or shared.
 
-    Half precision becomes float32: rounding would blur the comparison of outputs.
+    Half precision becomes float32: rounding would blur the comparison of outputs. Of containers
+    whose items cannot be copied, as outputs with a graph, the copy has the same items. Raises a
+    ValueError for other attributes that cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = without_hooks(module)
     for part in module.modules():
         # Plain tensors as well: weight_norm leaves some with a graph, which deepcopy refuses.
         for tensor in [*part.buffers(recurse=False), *vars(part).values()]:
@@ -237,10 +249,28 @@ def _copied(module: nn.Module, *, parameters: bool) -> nn.Module:
             if parameters
             else parameter
         )
-    copy_of = copy.deepcopy(module, memo)
-    for part in copy_of.modules():
-        clear_hooks(part)
-    return copy_of.train()
+    for part in reversed(list(module.modules())):  # a container's own lists may hold its layers
+        for name, value in vars(part).items():
+            if name not in _OF_TORCH and not isinstance(value, nn.Module):
+                memo = _noted(f"{type(part).__name__}.{name}", value, memo)
+    return copy.deepcopy(module, memo).train()
+
+
+def _noted(name: str, value: Any, memo: dict[int, Any]) -> dict[int, Any]:
+    """``memo`` of a deepcopy, with a copy of an attribute."""
+    trial = dict(memo)
+    try:
+        if isinstance(value, torch.Generator):  # which deepcopy refuses
+            trial[id(value)] = torch.Generator(value.device).set_state(value.get_state())
+        copy.deepcopy(value, trial)
+    except Exception as error:  # users' objects may raise anything
+        if not isinstance(value, _CONTAINERS) and not is_dataclass(value):
+            raise ValueError(
+                f"{name} cannot be copied ({error}), and a copy is run to find where the embedding "
+                f"is: set that attribute after the loss is wrapped, or {_YOURSELF}."
+            ) from error
+        return {**memo, id(value): copy.copy(value)}
+    return trial
 
 
 def _in_full_precision(tensor: Tensor) -> Tensor:

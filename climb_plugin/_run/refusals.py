@@ -30,7 +30,9 @@ def check_module(role: str, module: nn.Module) -> None:
             f"{role} holds a GaussianHead already, so it was wrapped before (or shares a layer "
             "with a module that was). For a second loss on the same head: ClimbLoss(loss, "
             "heads=first.heads, beta=...) with the criterion of the first. To wrap anew: "
-            "unwrap(first) before."
+            "unwrap(first) before. Without the first criterion, as for a model that was copied or "
+            "loaded: ClimbLoss(loss, heads=[m for m in model.modules() if isinstance(m, "
+            "GaussianHead)], beta=...)."
         )
 
 

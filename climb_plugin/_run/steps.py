@@ -26,23 +26,36 @@ _all: WeakSet[Steps] = WeakSet()
 
 
 class Steps:
-    """The optimiser steps of one loss; an optimiser should hold its heads and its priors."""
+    """The optimiser steps of one loss; an optimiser should hold its heads and its priors.
 
-    def __init__(self, heads: Sequence[nn.Module], priors: nn.Module) -> None:
-        self._start(tuple(heads), priors, 0)
+    ``students`` are the modules on which heads were hung; other heads were put in by hand.
+    """
 
-    def _start(self, heads: tuple[nn.Module, ...], priors: nn.Module, steps: int) -> None:
-        self._heads, self._priors, self._steps = heads, priors, steps
+    def __init__(
+        self, heads: Sequence[nn.Module], priors: nn.Module, students: Sequence[nn.Module]
+    ) -> None:
+        self._start(tuple(heads), priors, tuple(students), 0)
+
+    def _start(
+        self,
+        heads: tuple[nn.Module, ...],
+        priors: nn.Module,
+        students: tuple[nn.Module, ...],
+        steps: int,
+    ) -> None:
+        self._heads, self._priors, self._students, self._steps = heads, priors, students, steps
         self._was_set = False
         self._fresh = False  # Whether the loss was called since the last step that counted.
         self._called = False  # The same, but kept if backward passes are counted.
         self._skipped: Tensor | None = None
         self._counting: ReferenceType[Optimizer] | None = None
         self._passes = 0  # Backward passes since, which may count as steps.
+        self._assumed = 0  # Those that did, because no optimiser was found.
         self._passed = False  # Whether the last call of the loss had one.
         self._looked = False
         self._prior_checked = False
-        self._leaves: list[ReferenceType[Tensor]] | None = None
+        # Ids of what is before the heads; references would keep users from swapping tensors.
+        self._leaves: set[int] | None = None
         _register()
         _all.add(self)
 
@@ -64,9 +77,10 @@ class Steps:
         """
         if not self._looked:
             self._looked = True
-            self._counting = self._find(self._parameters(), self._upstream())
+            self._counting = self._find(_ids(self._parameters()), self._before())
         if self._counting is None:
             self._steps += self._passes
+            self._assumed += self._passes
             self._fresh = False
         self._passes = 0
 
@@ -80,15 +94,14 @@ class Steps:
 
     def restore(self, step: int) -> None:
         """Goes on from a saved count, be that of optimiser steps or of backward passes."""
-        self._steps, self._skipped, self._passes = step, None, 0
+        self._steps, self._skipped, self._passes, self._assumed = step, None, 0, 0
 
-    def loss_called(self, value: Tensor) -> None:
-        """Notes a call that trains, by the base loss: the optimiser moves leaves of its graph."""
+    def loss_called(self, penalty: Tensor | None) -> None:
+        """Notes a call that trains, by the penalty, behind which are the heads and all before."""
         self._fresh = self._called = True
         self._passed = False
-        if self._leaves is None:
-            own = {id(p) for p in (*self._parameters(), *self._priors.parameters())}
-            self._leaves = [leaf for leaf in leaves_behind(value) if id(leaf()) not in own]
+        if self._leaves is None and penalty is not None:
+            self._leaves = leaves_behind(penalty) - _ids(self._priors.parameters())
 
     def backward_done(self) -> None:
         """Notes a backward pass, which counts as a step if no optimiser of torch is known."""
@@ -99,18 +112,22 @@ class Steps:
     def optimizer_stepped(self, optimizer: Optimizer) -> None:
         """Notes a step of any optimiser of the process.
 
-        Raises a RuntimeError if the optimiser moves layers before a head that no optimiser holds.
+        Raises a RuntimeError if the optimiser moves the projection head around a Gaussian head that
+        no optimiser holds.
         """
         ids = _ids_in(optimizer)
         parameters = self._parameters()
-        trained = [p for p in parameters if p.requires_grad]
-        if _any_in(ids, parameters) or (not trained and _any_in(ids, self._upstream())):
+        trained = _ids(p for p in parameters if p.requires_grad)
+        if ids & _ids(parameters) or (not trained and ids & self._before()):
+            if self._counting is None:  # what was assumed were a part of a step, or dry runs
+                self._steps, self._assumed = self._steps - self._assumed, 0
+                self._fresh = self._called
             self._counting = ref(optimizer)
             self._called = False
             self._passes = 0
             self._count(optimizer)
             self._check_prior(ids)
-        elif self._called and trained and _any_in(ids, self._upstream()):
+        elif self._called and trained and ids & self._projection():
             self._check_held(trained)
 
     def stop(self) -> None:
@@ -126,9 +143,9 @@ class Steps:
         if isinstance(found_inf, Tensor):
             self._skipped = found_inf.detach().clone()
 
-    def _check_held(self, trained: list[nn.Parameter]) -> None:
+    def _check_held(self, trained: set[int]) -> None:
         holder = None if self._counting is None else self._counting()
-        if holder is not None and _any_in(_ids_in(holder), trained):
+        if holder is not None and _ids_in(holder) & trained:
             return
         found = self._find(trained)
         if found is not None:  # an optimiser that steps less often
@@ -145,18 +162,17 @@ class Steps:
         if self._prior_checked:
             return
         self._prior_checked = True
-        learned = [p for p in self._priors.parameters() if p.requires_grad]
-        if learned and not _any_in(ids, learned) and self._find(learned) is None:
+        learned = _ids(p for p in self._priors.parameters() if p.requires_grad)
+        if learned and not ids & learned and self._find(learned) is None:
             warn(
                 "the prior is learned, its parameters belong to the loss, and no optimiser holds "
                 "them, so they stay as they are: add list(loss.parameters()) to the optimiser."
             )
 
-    def _find(self, *wanted: Iterable[Tensor]) -> ReferenceType[Optimizer] | None:
+    def _find(self, *wanted: set[int]) -> ReferenceType[Optimizer] | None:
         """An optimiser that holds one of these tensors; earlier arguments go first."""
         optimizers = [(one, _ids_in(one)) for one in living(lambda k: issubclass(k, Optimizer))]
-        for tensors in wanted:
-            sought = {id(tensor) for tensor in tensors}
+        for sought in wanted:
             for optimizer, ids in optimizers:
                 if ids & sought:
                     return ref(optimizer)
@@ -165,19 +181,33 @@ class Steps:
     def _parameters(self) -> list[nn.Parameter]:
         return [p for head in self._heads for p in head.parameters()]
 
-    def _upstream(self) -> list[Tensor]:
-        leaves = [leaf() for leaf in self._leaves or ()]
-        return [leaf for leaf in leaves if leaf is not None]
+    def _before(self) -> set[int]:
+        """The ids of the parameters behind the samples, and of the projection heads."""
+        own = _ids(self._parameters())
+        hung = _ids(p for student in self._students for p in student.parameters())
+        return (hung | (self._leaves or set())) - own
+
+    def _projection(self) -> set[int]:
+        """The ids of the projection heads' parameters; of all before a head put in by hand."""
+        if len(self._students) < len(self._heads):
+            return self._before()
+        hung = _ids(p for student in self._students for p in student.parameters())
+        return hung - _ids(self._parameters())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"heads": self._heads, "priors": self._priors, "steps": self.count}
+        return {
+            "heads": self._heads,
+            "priors": self._priors,
+            "students": self._students,
+            "steps": self.count,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._start(**state)
 
 
-def _any_in(ids: set[int], tensors: Iterable[Tensor]) -> bool:
-    return any(id(tensor) in ids for tensor in tensors)
+def _ids(tensors: Iterable[Tensor]) -> set[int]:
+    return {id(tensor) for tensor in tensors}
 
 
 def _ids_in(optimizer: Optimizer) -> set[int]:

@@ -6,6 +6,7 @@ import nothing else of this folder.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,7 +18,13 @@ from climb_plugin._run.deferred import DeferredFlags
 from climb_plugin._run.living import living
 from climb_plugin._run.missing import Wiring
 from climb_plugin._run.steps import Steps
-from climb_plugin._torch import is_batch_of_gradients, joins, plain, without_transforms
+from climb_plugin._torch import (
+    is_batch_of_gradients,
+    joins,
+    plain,
+    transforms_active,
+    without_transforms,
+)
 from climb_plugin.checks import warn
 from climb_plugin.distributed import world_size
 from climb_plugin.gaussian import Posterior
@@ -27,17 +34,24 @@ from climb_plugin.terms import ClimbTerms
 
 # By name: importing torch's FSDP takes time, which a run without FSDP need not spend.
 _AVERAGING = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"})
-_running = 0  # Losses of this process whose base is being called.
+# The losses whose base is being called: two trainings may run in two threads.
+_running = threading.local()
 
 
 class Watch:
     """All checks of one loss: ``nesting`` surrounds the call of the base, ``steps`` counts."""
 
     def __init__(
-        self, heads: Sequence[GaussianHead], priors: nn.ModuleList, *, prior: str, check_base: bool
+        self,
+        heads: Sequence[GaussianHead],
+        priors: nn.ModuleList,
+        students: Sequence[nn.Module],
+        *,
+        prior: str,
+        check_base: bool,
     ) -> None:
         self.nesting = _Nesting(active=bool(heads))
-        self.steps = Steps(heads, priors)
+        self.steps = Steps(heads, priors, students)
         self._wiring = Wiring(heads)
         self._priors, self._prior, self._check_base = priors, prior, check_base
         self._knows_ranks = False
@@ -72,10 +86,13 @@ class Watch:
             base=base, value=terms.base, beta=terms.beta, rates=rates, posteriors=posteriors
         )
 
-    def trains(self, base: Tensor, penalty: Tensor) -> None:
-        """Notes a step that will have a backward pass, by its terms with their graph."""
-        self.steps.loss_called(base)
-        penalty.register_hook(self._after_backward)
+    def trains(self, value: Tensor, penalty: Tensor | None) -> None:
+        """Notes a call that trains: the loss, and the penalty in it, with their graph."""
+        self.steps.loss_called(penalty)
+        if penalty is not None:
+            penalty.register_hook(self._after_backward)
+        elif value.requires_grad and not transforms_active():
+            value.register_hook(lambda _: self.steps.backward_done())
 
     def _after_backward(self, gradient: Tensor) -> None:
         self.steps.backward_done()
@@ -102,20 +119,18 @@ class _Nesting:
         self._active = active
 
     def __enter__(self) -> None:
-        global _running
         if not self._active or torch.compiler.is_compiling():
             return
-        if _running:
+        if getattr(_running, "any", False):
             raise RuntimeError(
                 "this ClimbLoss is called within the base loss of another ClimbLoss, so the rate "
                 "would count twice: wrap the whole loss once, or add up two criteria outside."
             )
-        _running += 1
+        _running.any = True
 
     def __exit__(self, *_: object) -> None:
-        global _running
-        if self._active and _running and not torch.compiler.is_compiling():
-            _running -= 1
+        if self._active and not torch.compiler.is_compiling():
+            _running.any = False
 
 
 def _check_finite(

@@ -122,6 +122,7 @@ class TargetRate(Schedule):
         """Moves beta by the rate of a step, for the steps to come."""
         rate = rate.detach().float()
         before = rate if self._before is None else beside(rate, self._before)
+        rate = torch.where(rate.isnan(), before, rate)
         self._before = rate
         error = self._error(rate)
         change = self.speed * error.clamp(-1, 1) + _DAMPING * (error - self._error(before))

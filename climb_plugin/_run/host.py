@@ -1,0 +1,71 @@
+"""Chooses the layer whose child a head becomes, so that its parameters are in the model."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from climb_plugin._run.living import are_elsewhere
+from climb_plugin._run.refusals import named_tensors
+
+_OF_NORMS, _OF_DROPOUTS = ("eps",), ("p", "drop_prob")
+
+
+def find_host(student: nn.Module, teacher: nn.Module | None, *, path: str) -> str:
+    """The path of the layer, which is the same in student and teacher.
+
+    That is the last layer without parameters, such as an activation, of what runs up to the sampled
+    part. A layer with parameters may be indexed, frozen, saved or cut off, and then must hold none
+    of CLIMB's. (A DINO head's prototypes even lose their gradients in the first epoch.) Norms and
+    dropouts come later in the choice: loops over all of a kind freeze them. A layer that another
+    module has as well, as an activation that is built once for many, would put the head there too.
+
+    Args:
+        student: The projection head.
+        teacher: Its twin.
+        path: That of the submodule whose output is sampled; empty for the module's.
+    """
+    choices = _choices(student, path)
+    roots = [student] if teacher is None else [student, teacher]
+    for choice in choices:
+        try:
+            hosts = [root.get_submodule(choice) for root in roots]
+        except AttributeError:  # the teacher has another layer without parameters there
+            continue
+        if len(set(hosts)) == len(hosts) and not are_elsewhere(
+            dict(zip(roots, hosts, strict=True))
+        ):
+            return choice
+    return choices[0] if choices else ""
+
+
+def _choices(module: nn.Module, path: str) -> list[str]:
+    """Paths of layers that a module has only once, the best first."""
+    named = list(module.named_modules(remove_duplicate=False))
+    parts = [part for _, part in named]
+    inside = set(module.get_submodule(path).modules())
+    behind = max(place for place, part in enumerate(parts) if part in inside) + 1
+    lists = [f"{name}." for name, part in named if isinstance(part, ParametrizationList)]
+    leaves = [
+        (name, part)
+        for name, part in reversed(named[:behind])
+        if parts.count(part) == 1
+        and not any(part.children())
+        and not any(name.startswith(beginning) for beginning in lists)
+    ]
+    free = [(name, part) for name, part in leaves if not any(True for _ in named_tensors(part))]
+    kinds = [
+        [one for one in free if not _has(one[1], *_OF_NORMS, *_OF_DROPOUTS)],
+        [one for one in free if not _has(one[1], *_OF_NORMS)],
+        [
+            one
+            for one in leaves
+            if one[1] in inside and any(p.ndim > 1 for p in one[1].parameters())
+        ],
+        [one for one in leaves if one[1] in inside],
+    ]
+    return list(dict.fromkeys(name for kind in kinds for name, _ in kind))
+
+
+def _has(part: nn.Module, *names: str) -> bool:
+    return any(hasattr(part, name) for name in names)
