@@ -57,7 +57,10 @@ class Schedule:
         return self
 
     def observe(self, step: int, rate: Tensor) -> None:
-        """Takes the rate of a step into account, in nats, detached, averaged over all ranks."""
+        """Takes the rate of a step into account, in nats, detached, averaged over all ranks.
+
+        Ranks whose calls had no posteriors do not count; NaN if no rank of several had one.
+        """
 
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint needs beside the arguments, as numbers."""
