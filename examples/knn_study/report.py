@@ -107,7 +107,7 @@ def _table(
     if not found:
         return f"No runs with a {who}."
     by_settings = _by_settings(records if twins is None else twins, who)
-    common, varying = _common(found)
+    common, varying = _common([row.settings for row in found])
     heads = {"validation": ["validation", "gain"], "best": ["best epoch"], "test": ["test", "gain"]}
     shown = [word for name in measures for word in heads[name]]
     head = [*map(_named, varying), "regulariser", "seeds", *shown, "base loss", "rate (nats)"]
@@ -154,15 +154,16 @@ def details(records: Sequence[Record]) -> str:
             for name, value in {**record.get("robustness", {}), **last}.items():
                 measured.setdefault(name, []).append(value)
     names = list(dict.fromkeys(name for measured in found.values() for name in measured))
+    _, varying = _common(list(found))
     lines = [
         [
-            *(_text(getattr(settings, name)) for name in ("method", "mismatched")),
+            *(_text(getattr(settings, name)) for name in varying),
             described(settings),
             *(f"{mean(measured[name]):.2f}" if name in measured else "" for name in names),
         ]
         for settings, measured in found.items()
     ]
-    return markdown(["method", "mismatched", "regulariser", *names], lines)
+    return markdown([*map(_named, varying), "regulariser", *names], lines)
 
 
 def _failures(records: Sequence[Record]) -> Iterator[str]:
@@ -189,10 +190,10 @@ def _named(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _common(found: Sequence[Row]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of the training that all rows share, and the names of the others."""
+def _common(found: Sequence[Settings]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of the training that all share, and the names of the others."""
     names = [e.name for e in fields(Settings) if e.name not in (*REGULARISATION, "seed", "every")]
-    values = {name: {getattr(row.settings, name) for row in found} for name in names}
+    values = {name: {getattr(settings, name) for settings in found} for name in names}
     varying = [name for name in names if len(values[name]) > 1]
     # Of several methods, not all have the setting: it says nothing about those.
     return {name: values[name].pop() for name in names if name not in varying}, varying

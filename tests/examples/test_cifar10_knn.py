@@ -969,14 +969,16 @@ def test_details_are_of_the_last_epoch() -> None:
 
     known = [
         {
-            **line(seed=seed, **CLIMB),
+            **line(seed=seed, mismatched=wrong, **CLIMB),
             "pairs": {"rate right": [9.0, 3.0 + seed]},
             "robustness": {"queries grey": 40.0},
         }
+        for wrong in (0.0, 0.2)
         for seed in (0, 1)
     ]
-    last = details(known).splitlines()[-1]
-    assert last == "| simclr | 0 | climb, beta 0.01 | 40.00 | 3.50 |"
+    head, _, _, last = details(known).splitlines()
+    assert head == "| mismatched | regulariser | queries grey | rate right |"
+    assert last == "| 0.2 | climb, beta 0.01 | 40.00 | 3.50 |"
 
 
 @pytest.mark.parametrize("name", ["RESULTS.md", "RESULTS_2.md"])
