@@ -120,14 +120,15 @@ def has_hook(module: nn.Module, number: int) -> bool:
 
 
 def without_hooks(module: nn.Module) -> dict[int, Any]:
-    """A memo for ``copy.deepcopy`` with which the copy of the module has no forward (pre-)hooks.
+    """A memo for ``copy.deepcopy`` with which the copy of the module has no hooks.
 
     Handles take off one hook at a time only; and what the hooks belong to may be beyond copying.
     """
     return {
         id(hooks): type(hooks)()
         for part in module.modules()
-        for hooks in (part._forward_hooks, part._forward_pre_hooks)
+        for name, hooks in vars(part).items()
+        if name.endswith("_hooks") and isinstance(hooks, dict)
     }
 
 

@@ -500,22 +500,6 @@ class TestOneStepOfMany:
 
         assert self.betas(loop) == [0, 1, 2, 3, 20, 21]
 
-    def test_what_was_assumed_before_the_optimiser_is_taken_back(self) -> None:
-        """gc.freeze() hides it until its first step, whose micro-batches are one step."""
-
-        def loop(student: nn.Module, loss: ClimbLoss, seen: list[float]) -> None:
-            optimizer = sgd(student.parameters())
-            gc.freeze()
-            try:
-                for _ in range(3):
-                    for _ in range(2):
-                        (self.call(student, loss, seen) / 2).backward()
-                    optimizer.step()
-            finally:
-                gc.unfreeze()
-
-        assert self.betas(loop)[2:] == [1, 1, 2, 2]
-
     def test_steps_on_batches_without_positives_count(self) -> None:
         student = make_student()
         loss = wrap(

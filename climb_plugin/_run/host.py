@@ -33,7 +33,7 @@ def find_host(student: nn.Module, teacher: nn.Module | None, *, path: str) -> st
         except AttributeError:  # the teacher has another layer without parameters there
             continue
         if len(set(hosts)) == len(hosts) and not are_elsewhere(
-            dict(zip(roots, hosts, strict=True))
+            dict(zip(roots, hosts, strict=True)), but_slices=True
         ):
             return choice
     return choices[0] if choices else ""

@@ -18,15 +18,20 @@ def living(chosen: Callable[[type], bool]) -> list[Any]:
     return list(compress(objects, map(kinds.__contains__, map(type, objects))))
 
 
-def are_elsewhere(parts: Mapping[nn.Module, nn.Module]) -> bool:
-    """Whether a module outside of one of these modules has the part of that as a layer, too."""
-    if not _outside(parts):
+def are_elsewhere(parts: Mapping[nn.Module, nn.Module], *, but_slices: bool) -> bool:
+    """Whether a module outside of one of these modules has the part of that as a layer, too.
+
+    Args:
+        parts: The part of each module.
+        but_slices: Without modules that have nothing but layers of that module, as a slice has.
+    """
+    if not _outside(parts, but_slices):
         return False
     gc.collect()  # so that the answer does not hang on garbage
-    return _outside(parts)
+    return _outside(parts, but_slices)
 
 
-def _outside(parts: Mapping[nn.Module, nn.Module]) -> bool:
+def _outside(parts: Mapping[nn.Module, nn.Module], but_slices: bool) -> bool:
     modules = living(lambda kind: issubclass(kind, nn.Module))
     own = [(part, set(module.modules())) for module, part in parts.items()]
     return any(
@@ -35,4 +40,5 @@ def _outside(parts: Mapping[nn.Module, nn.Module]) -> bool:
         if "_modules" in vars(other)  # else one that is half built
         for child in other.children()
         for part, modules_of_its_own in own
+        if not (but_slices and modules_of_its_own.issuperset(other.children()))
     )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -15,21 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from climb_plugin._run.copied import YOURSELF, copied
 from climb_plugin._run.living import are_elsewhere
-from climb_plugin._torch import no_global_hooks, without_hooks
+from climb_plugin._torch import no_global_hooks
 from climb_plugin.checks import checked_choice
 from climb_plugin.gaussian import widened
 from climb_plugin.settings import PLACES
 
 _ROWS = 4
-# So large that the epsilon of a normalisation does not show. Each row has another factor: a batch
-# norm in training would cancel a common one.
+# So large that the epsilon of a normalisation does not show; the inverses are so small that those
+# of LayerNorm and RMSNorm do. Each row has another factor: a batch norm in training would cancel a
+# common one.
 _FACTORS = 2.0 ** torch.tensor([[10.0], [11.0], [12.0], [13.0]], device="cpu")
 _FLIP = torch.tensor(-1.0, device="cpu")
 _TOLERANCE = 0.05
-_CONTAINERS = (list, tuple, dict, set, deque, SimpleNamespace)
-_OF_TORCH = frozenset(vars(nn.Module()))  # hooks, parameters, children, ...
-_YOURSELF = "put a GaussianHead(width) into it yourself, and use ClimbLoss(loss, heads=...)"
+_EXACT = 0.002  # Great factors hide what is added behind a submodule, as a bias, all but this.
 
 
 @dataclass(frozen=True)
@@ -64,17 +62,17 @@ def _end_of_projection(probe: _Probe, module: nn.Module) -> Place:
         received = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"{name} must map (B, {probe.rows.shape[-1]}) to (B, D), it returned {received}: "
-            f"{_YOURSELF}."
+            f"{YOURSELF}."
         )
     # The last one before a normalisation: an earlier one would leave layers between.
-    for path in [*reversed(probe.widths), None]:
+    for path in reversed(probe.widths):
+        if probe.is_before_layer_norm(path):
+            break
         if probe.is_before_normalisation(path):
-            if probe.is_before_centring(path):  # a LayerNorm
-                break
-            if path is None:
-                return Place("", True, probe.rows.shape[-1])
-            is_shared = are_elsewhere({module: module.get_submodule(path)})
+            is_shared = are_elsewhere({module: module.get_submodule(path)}, but_slices=False)
             return Place(path, False, probe.widths[path], is_shared)
+    if probe.is_before_normalisation(None):
+        return Place("", True, probe.rows.shape[-1])
     if probe.ends_normalised():
         raise ValueError(
             f"{name} normalises its embedding, but the embedding is the output of none of its "
@@ -101,19 +99,19 @@ def _probe(module: nn.Module) -> _Probe:
         raise ValueError(f"{name} is on the meta device: materialise it first.")
     widths = _input_widths(module)
     if not widths:
-        raise ValueError(f"{name} has no layer that tells the width of its input: {_YOURSELF}.")
-    copied = _copied(module, parameters=True)
+        raise ValueError(f"{name} has no layer that tells the width of its input: {YOURSELF}.")
+    stand_in = copied(module, parameters=True)
     errors = []
     for width in widths:
         try:
-            return _Probe(copied, width)
+            return _Probe(stand_in, width)
         except Exception as error:  # a user's module may raise anything
             errors.append(f"({_ROWS}, {width}): {error}")
     heads = [name for name, child in module.named_children() if _input_widths(child)]
     hint = f", as in student=model.{heads[-1]}" if heads else ""
     raise ValueError(
         f"{name} could not be run on a batch of features to find where its embedding is. If it is "
-        f"the whole encoder, pass its projection head{hint}. Otherwise {_YOURSELF}. Tried, with "
+        f"the whole encoder, pass its projection head{hint}. Otherwise {YOURSELF}. Tried, with "
         f"what came of it: {'; '.join(errors[:2])}"
     )
 
@@ -138,7 +136,7 @@ class _Probe:
         generator = torch.Generator(device="cpu").manual_seed(0)
         rows = torch.randn(_ROWS, width, generator=generator, device="cpu")
         self._module = module
-        self.rows = rows.to(parameter.device, widened(parameter[:0]).dtype)
+        self.rows = rows.to(parameter.device, widened(parameter.flatten()[:0]).dtype)
         self.widths: dict[str, int] = {}
         self._unit_inputs: list[str] = []
         calls: Counter[str] = Counter()
@@ -150,7 +148,7 @@ class _Probe:
             if args and _is_batch(args[0]) and _is_unit(args[0]):
                 self._unit_inputs.append(path)
 
-        watched = _copied(self._module, parameters=False)
+        watched = copied(self._module, parameters=False)
         for name, part in watched.named_modules():
             if name:
                 part.register_forward_hook(lambda _, *seen, path=name: watch(path, *seen))
@@ -158,12 +156,24 @@ class _Probe:
         self.widths = {path: n for path, n in self.widths.items() if calls[path] == 1}
 
     def is_before_normalisation(self, path: str | None) -> bool:
-        """Whether an L2 normalisation and nothing but linear layers follow a submodule or input."""
-        return self._is_close(self._rescaled(path, _FACTORS), self.output) and self._is_odd(path)
+        """Whether an L2 normalisation and nothing but linear layers follow a submodule or input.
 
-    def is_before_centring(self, path: str | None) -> bool:
-        """Whether the mean of a row is taken off, as by a LayerNorm: a common offset is lost."""
-        return self._is_close(self._changed(path, lambda rows: rows + 1), self.output)
+        At the input, a normalisation whose epsilon shows (RMSNorm) is none of the embedding.
+        """
+        return self._is_odd(path) and (
+            self._is_close(self._rescaled(path, 1 / _FACTORS), self.output)
+            or (path is not None and self._is_invariant(path))
+        )
+
+    def is_before_layer_norm(self, path: str) -> bool:
+        """Whether the mean of a row is taken off too, so that a common offset is lost."""
+        if not self._is_invariant(path) or self.ends_normalised():
+            return False
+        offset = self._changed(path, lambda rows: rows + 1 + 8 * rows.abs().amax())
+        return self._is_close(offset, self.output)
+
+    def _is_invariant(self, path: str) -> bool:
+        return self._is_close(self._rescaled(path, _FACTORS), self.output, _EXACT)
 
     def ends_normalised(self) -> bool:
         """Whether the output is normalised, or linear in something that is."""
@@ -195,9 +205,9 @@ class _Probe:
         total = self._rescaled(path, _FLIP, before=before) + self.output
         return self._is_close(total, total.mean(dim=0))
 
-    def _is_close(self, one: Tensor, other: Tensor) -> bool:
+    def _is_close(self, one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
         spread = (self.output - self.output.mean(dim=0)).norm()
-        return bool((one - other).norm() <= _TOLERANCE * spread)
+        return bool((one - other).norm() <= tolerance * spread)
 
     def _rescaled(self, path: str | None, factor: Tensor, *, before: bool = False) -> Any:
         """The result if the output (or the input) of a submodule is multiplied by a factor."""
@@ -206,16 +216,22 @@ class _Probe:
     def _changed(
         self, path: str | None, change: Callable[[Tensor], Tensor], *, before: bool = False
     ) -> Any:
-        """The result if the output (or the input) of a submodule is changed."""
-        module = _copied(self._module, parameters=False)
+        """The result if the output (or the input) of a submodule is changed; NaN if that raises."""
+        module = copied(self._module, parameters=False)
         if path is None:
-            return _run(module, change(self.rows))
+            return self._outcome(module, change(self.rows))
         part = module.get_submodule(path)
         if before:
             part.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
         else:
             part.register_forward_hook(lambda _, args, output: change(output))
-        return _run(module, self.rows)
+        return self._outcome(module, self.rows)
+
+    def _outcome(self, module: nn.Module, rows: Tensor) -> Any:
+        try:
+            return _run(module, rows)
+        except Exception:  # a user's module may refuse such values
+            return torch.full_like(self.output, torch.nan)
 
 
 def _run(module: nn.Module, rows: Tensor) -> Any:
@@ -228,54 +244,6 @@ def _run(module: nn.Module, rows: Tensor) -> Any:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-def _copied(module: nn.Module, *, parameters: bool) -> nn.Module:
-    """A copy in training mode, without hooks; the parameters are copied too, or shared.
-
-    Half precision becomes float32: rounding would blur the comparison of outputs. Of containers
-    whose items cannot be copied, as outputs with a graph, the copy has the same items. Raises a
-    ValueError for other attributes that cannot be copied.
-    """
-    memo: dict[int, Any] = without_hooks(module)
-    for part in module.modules():
-        # Plain tensors as well: weight_norm leaves some with a graph, which deepcopy refuses.
-        for tensor in [*part.buffers(recurse=False), *vars(part).values()]:
-            if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                memo[id(tensor)] = _in_full_precision(tensor)
-    for parameter in module.parameters():
-        memo[id(parameter)] = (
-            nn.Parameter(_in_full_precision(parameter), requires_grad=False)
-            if parameters
-            else parameter
-        )
-    for part in reversed(list(module.modules())):  # a container's own lists may hold its layers
-        for name, value in vars(part).items():
-            if name not in _OF_TORCH and not isinstance(value, nn.Module):
-                memo = _noted(f"{type(part).__name__}.{name}", value, memo)
-    return copy.deepcopy(module, memo).train()
-
-
-def _noted(name: str, value: Any, memo: dict[int, Any]) -> dict[int, Any]:
-    """``memo`` of a deepcopy, with a copy of an attribute."""
-    trial = dict(memo)
-    try:
-        if isinstance(value, torch.Generator):  # which deepcopy refuses
-            trial[id(value)] = torch.Generator(value.device).set_state(value.get_state())
-        copy.deepcopy(value, trial)
-    except Exception as error:  # users' objects may raise anything
-        if not isinstance(value, _CONTAINERS) and not is_dataclass(value):
-            raise ValueError(
-                f"{name} cannot be copied ({error}), and a copy is run to find where the embedding "
-                f"is: set that attribute after the loss is wrapped, or {_YOURSELF}."
-            ) from error
-        return {**memo, id(value): copy.copy(value)}
-    return trial
-
-
-def _in_full_precision(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (widened(tensor) if tensor.is_floating_point() else tensor).clone()
 
 
 def _is_batch(value: object) -> TypeGuard[Tensor]:

@@ -50,7 +50,6 @@ class Steps:
         self._skipped: Tensor | None = None
         self._counting: ReferenceType[Optimizer] | None = None
         self._passes = 0  # Backward passes since, which may count as steps.
-        self._assumed = 0  # Those that did, because no optimiser was found.
         self._passed = False  # Whether the last call of the loss had one.
         self._looked = False
         self._prior_checked = False
@@ -80,7 +79,6 @@ class Steps:
             self._counting = self._find(_ids(self._parameters()), self._before())
         if self._counting is None:
             self._steps += self._passes
-            self._assumed += self._passes
             self._fresh = False
         self._passes = 0
 
@@ -94,7 +92,7 @@ class Steps:
 
     def restore(self, step: int) -> None:
         """Goes on from a saved count, be that of optimiser steps or of backward passes."""
-        self._steps, self._skipped, self._passes, self._assumed = step, None, 0, 0
+        self._steps, self._skipped, self._passes = step, None, 0
 
     def loss_called(self, penalty: Tensor | None) -> None:
         """Notes a call that trains, by the penalty, behind which are the heads and all before."""
@@ -119,9 +117,6 @@ class Steps:
         parameters = self._parameters()
         trained = _ids(p for p in parameters if p.requires_grad)
         if ids & _ids(parameters) or (not trained and ids & self._before()):
-            if self._counting is None:  # what was assumed were a part of a step, or dry runs
-                self._steps, self._assumed = self._steps - self._assumed, 0
-                self._fresh = self._called
             self._counting = ref(optimizer)
             self._called = False
             self._passes = 0

@@ -91,7 +91,7 @@ class Watch:
         self.steps.loss_called(penalty)
         if penalty is not None:
             penalty.register_hook(self._after_backward)
-        elif value.requires_grad and not transforms_active():
+        elif value.grad_fn is not None and not transforms_active():
             value.register_hook(lambda _: self.steps.backward_done())
 
     def _after_backward(self, gradient: Tensor) -> None:

@@ -122,19 +122,20 @@ class TargetRate(Schedule):
         """Moves beta by the rate of a step, for the steps to come."""
         rate = rate.detach().float()
         before = rate if self._before is None else beside(rate, self._before)
+        # NaN where no rank had a posterior.
         rate = torch.where(rate.isnan(), before, rate)
+        before = torch.where(before.isnan(), rate, before)
         self._before = rate
         error = self._error(rate)
         change = self.speed * error.clamp(-1, 1) + _DAMPING * (error - self._error(before))
-        moved = beside(rate, self._log_beta) + change
+        moved = beside(rate, self._log_beta) + change.nan_to_num(nan=0.0)
         self._log_beta = moved.clamp(*(math.log(bound) for bound in self.bounds))
 
     def state(self) -> dict[str, Any]:
         """The controller's state, as numbers."""
-        return {
-            "log_beta": float(self._log_beta),
-            "before": None if self._before is None else float(self._before),
-        }
+        before = None if self._before is None else float(self._before)
+        known = before is not None and not math.isnan(before)
+        return {"log_beta": float(self._log_beta), "before": before if known else None}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restores a :meth:`state`; a ValueError if that is damaged."""
