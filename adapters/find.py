@@ -10,6 +10,7 @@ from torch import nn
 from climb_plugin.loss import ClimbLoss
 
 # Submodules are walked as such; hyperparameters may hold a copy of the loss.
+_KINDS = (ClimbLoss, list, tuple, dict)
 _NO_ATTRIBUTES = frozenset({"_modules", "_hparams", "_hparams_initial"})
 
 
@@ -26,10 +27,11 @@ def find_losses(model: nn.Module) -> Iterator[tuple[str, ClimbLoss]]:
     places = deque([*modules, *attributes])
     while places:
         path, value = places.popleft()
-        if isinstance(value, (ClimbLoss, list, tuple, dict)) and id(value) not in seen:
+        if isinstance(value, _KINDS) and id(value) not in seen:
             seen.add(id(value))
             if isinstance(value, ClimbLoss):
                 yield path, value
                 continue
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            places.extendleft(reversed([(f"{path}.{key}", item) for key, item in items]))
+            wanted = [(key, item) for key, item in items if isinstance(item, _KINDS)]
+            places.extendleft(reversed([(f"{path}.{key}", item) for key, item in wanted]))

@@ -52,9 +52,10 @@ class ClimbCallback(_Callback):
     ``climb_rate_step``. If the module has several losses, each name ends in ``_`` and the loss's
     attribute path: ``climb_rate_dino_loss``.
 
-    A loss counts optimiser steps by itself, from 0 in each new training. A schedule that needs the
-    length of the training (a ramp with fractions and without ``total_steps``) is laid over
-    ``trainer.estimated_stepping_batches``. With manual optimisation Lightning estimates one step
+    A loss counts optimiser steps by itself, from 0 in each new training (from where ``set_step``
+    said, if that was called before). A schedule that needs the length of the training (a ramp with
+    fractions and without ``total_steps``) is laid over ``trainer.estimated_stepping_batches``, and
+    stays so when the training is resumed. With manual optimisation Lightning estimates one step
     per batch: give ``total_steps`` if yours are fewer. Give ``total_steps`` as well if a
     GradientAccumulationScheduler changes the length. While a learning rate or a batch size is
     sought, before the training, such a schedule is at its end, and an infinite loss does not raise.
@@ -80,6 +81,7 @@ class ClimbCallback(_Callback):
         self._is_waiting = False  # From setup to the start of the training.
         self._records: dict[str, _Record] = {}
         self._restored: dict[str, Any] = {}
+        self._lengths: dict[str, int] = {}  # that schedules were laid over
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepares the losses for a search, or a restored state, before the training."""
@@ -100,18 +102,34 @@ class ClimbCallback(_Callback):
         losses = self._losses()
         self._restore(losses)
         self._check_restored(losses, pl_module)
-        lengths: dict[str, int] = {}
+        if trainer.global_step == 0:
+            self._lengths = {}
         for path, loss in losses.items():
             if loss.climb.schedule.needs_length:
-                lengths[path] = self.length(trainer, loss.climb.schedule)
-                loss.climb.lay(lengths[path])
-            if trainer.global_step == 0 and loss.climb.step:  # trained before
-                loss.climb.set_step(0)
+                loss.climb.lay(self._length(trainer, path, loss.climb.schedule))
+            if trainer.global_step == 0:
+                loss.climb.begin()
         self._is_waiting = False
         self._records = {path: _Record(loss) for path, loss in losses.items()}
         if trainer.is_global_zero:
             for path, loss in losses.items():
-                print(_in_force(path, loss, lengths.get(path)), flush=True)
+                print(_in_force(path, loss, self._lengths.get(path)), flush=True)
+
+    def _length(self, trainer: Any, path: str, schedule: Schedule) -> int:
+        """The optimiser steps of the training, or of the resumed one."""
+        total = self.length(trainer, schedule)
+        length = self._lengths.setdefault(path, total)
+        if length != total:
+            warnings.warn(
+                f"{self.named(schedule)} stays a fraction of the {length} optimiser steps of the "
+                f"training that is resumed, not of the {total} of this one.",
+                stacklevel=2,
+            )
+        return length
+
+    def named(self, schedule: Schedule) -> str:
+        """A schedule's name in messages."""
+        return repr(schedule)
 
     def length(self, trainer: Any, schedule: Schedule) -> int:
         """The number of optimiser steps of the training.
@@ -137,17 +155,22 @@ class ClimbCallback(_Callback):
         return int(total)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of losses that are no submodules, which the module's own state lacks."""
+        """The state of losses that are no submodules, which the module's own state lacks.
+
+        And the lengths over which schedules were laid.
+        """
         modules = set() if self._module is None else set(self._module.modules())
-        return {
+        losses = {
             path: {**loss.climb_state(), "priors": loss.climb_priors.state_dict()}
             for path, loss in self._losses().items()
             if loss not in modules
         }
+        return {"losses": losses, "lengths": dict(self._lengths)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores a :meth:`state_dict`; for losses that are unknown as yet, in on_train_start."""
-        self._restored.update(state_dict)
+        self._lengths = dict(state_dict["lengths"])
+        self._restored.update(state_dict["losses"])
         self._restore(self._losses())
 
     def on_train_batch_start(

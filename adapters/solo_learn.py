@@ -42,16 +42,18 @@ class SoloCallback(ResumingCallback):
     def __init__(self) -> None:
         super().__init__()
         self._keys: dict[str, Any] = {}
-        self._steps: int | None = None
         self._undo = ExitStack()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Puts the head in, and wraps the functions that the training calls."""
-        self._keys, self._steps = read_keys(_config_of(pl_module)), None
+        self._keys = read_keys(_config_of(pl_module))
         _put_in(pl_module, self._keys, trained=stage == "fit")
         if stage == "fit":
             self._wrap(pl_module, "on_load_checkpoint", self._check_checkpoint)
-        if self._on:
+        if self._on and stage == "fit":
+            if trainer.global_step == 0:
+                pl_module.climb.schedule = make_schedule(self._keys)
+                pl_module.climb.climb.begin()
             self._wrap(pl_module, "training_step", _with_bottleneck)
             super().setup(trainer, pl_module, stage)
 
@@ -75,27 +77,17 @@ class SoloCallback(ResumingCallback):
         except ValueError as error:
             raise ValueError(f"climb_warmup={self._keys['climb_warmup']}: {error}") from error
 
-    def length(self, trainer: Any, schedule: Schedule) -> int:
-        """The optimiser steps of the training, or of the resumed one."""
-        total = super().length(trainer, schedule)
-        if self._steps not in (None, total):
-            warnings.warn(
-                f"climb_warmup={self._keys['climb_warmup']} stays a fraction of the {self._steps} "
-                f"optimiser steps of the training that is resumed, not of the {total} of this one.",
-                stacklevel=2,
-            )
-        self._steps = self._steps or total
-        return self._steps
+    def named(self, schedule: Schedule) -> str:
+        """The key that a schedule comes from."""
+        return f"climb_warmup={self._keys['climb_warmup']}"
 
     def state_dict(self) -> dict[str, Any]:
         """The keys in force, the length of the training, and the state of the loss."""
-        losses = super().state_dict()
-        return {"keys": self._keys, "steps": self._steps, "losses": losses} if self._on else {}
+        return {"keys": self._keys, **super().state_dict()} if self._on else {}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Keeps a :meth:`state_dict` until the training starts."""
-        self._steps = state_dict["steps"]
-        super().load_state_dict(state_dict["losses"])
+    def __getstate__(self) -> dict[str, Any]:
+        # The method refers to this callback; a saved or copied one is not to be undone.
+        return {**self.__dict__, "_undo": ExitStack()}
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Restores the method's own functions."""
@@ -108,12 +100,17 @@ class SoloCallback(ResumingCallback):
 
     def _wrap(self, module: Any, name: str, wrapper: Callable[..., Any]) -> None:
         inner, own = getattr(module, name), vars(module)  # of whichever class
+        if isinstance(inner, functools.partial) and inner.func.__name__ == wrapper.__name__:
+            inner = own[name] = inner.args[1]  # of a copy that was made within a training
         self._undo.callback(own.update, {name: own[name]} if name in own else {})
         self._undo.callback(own.pop, name)  # undone in reverse
         own[name] = functools.wraps(inner)(functools.partial(wrapper, module, inner))
 
     def _check_checkpoint(self, module: Any, inner: Any, checkpoint: dict[str, Any]) -> None:
         """Refuses to resume a run with other ``climb_*`` values."""
+        if "optimizer_states" not in checkpoint:  # weights alone, which Lightning refuses
+            inner(checkpoint)
+            return
         saved = checkpoint.get("callbacks", {}).get(type(self).__qualname__, {}).get("keys", {})
         now = self._keys if self._on else {}
         changed = {
@@ -159,8 +156,6 @@ def _put_in(module: Any, keys: Mapping[str, Any], *, trained: bool) -> None:
         )
     if "climb_keys" not in own:
         own.update(climb=_make_loss(module, keys), climb_keys=dict(keys))
-    own["climb"].schedule = make_schedule(keys)
-    own["climb"].set_step(0)
 
 
 def _make_loss(module: Any, keys: Mapping[str, Any]) -> ClimbLoss:

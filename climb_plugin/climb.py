@@ -170,6 +170,11 @@ class Climb:
         """
         self.watch.steps.set_to(checked_step(step))
 
+    def begin(self) -> None:
+        """Begins a new training at step 0, or where ``set_step`` said since the last step."""
+        if not self.watch.steps.is_set:
+            self.watch.steps.restore(0)
+
     def trains(self, value: Tensor, penalty: Tensor | None) -> None:
         """Notes a call that trains: the loss, and the penalty in it if there are posteriors.
 

@@ -45,6 +45,7 @@ class Steps:
     ) -> None:
         self._heads, self._priors, self._students, self._steps = heads, priors, students, steps
         self._was_set = False
+        self.is_set = False  # Whether somebody has set the count since the last step.
         self._fresh = False  # Whether the loss was called since the last step that counted.
         self._called = False  # The same, but kept if backward passes are counted.
         self._skipped: Tensor | None = None
@@ -88,11 +89,11 @@ class Steps:
         Backward passes count no more: a loop that no hook sees may set every step by itself.
         """
         self.restore(step)
-        self._was_set = True
+        self._was_set = self.is_set = True
 
     def restore(self, step: int) -> None:
         """Goes on from a saved count, be that of optimiser steps or of backward passes."""
-        self._steps, self._skipped, self._passes = step, None, 0
+        self._steps, self._skipped, self._passes, self.is_set = step, None, 0, False
 
     def loss_called(self, penalty: Tensor | None) -> None:
         """Notes a call that trains, by the penalty, behind which are the heads and all before."""
@@ -132,7 +133,7 @@ class Steps:
     def _count(self, optimizer: Optimizer) -> None:
         if not self._fresh:
             return
-        self._fresh = False
+        self._fresh = self.is_set = False
         self._steps = self.count + 1  # settles the step before
         found_inf = getattr(optimizer, "found_inf", None)  # of a scaler and a fused optimiser
         if isinstance(found_inf, Tensor):

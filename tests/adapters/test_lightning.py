@@ -434,6 +434,37 @@ class Clashing(nn.Module):
         return base(one, two)
 
 
+def test_a_longer_training_goes_on_with_the_ramp_of_the_first(pl: Any, tmp_path: Path) -> None:
+    """Resumed from a checkpoint, and by the same Trainer."""
+    model = make(pl, Linear(0.1, warmup=0.5))
+    fit = fitted(pl, tmp_path, model)
+    fit.save_checkpoint(tmp_path / "short.ckpt")
+    again = make(pl, Linear(0.1, warmup=0.5))
+    longer = trainer(pl, tmp_path, max_epochs=2)
+    with pytest.warns(
+        UserWarning, match="stays a fraction of the 6 optimiser steps of the training"
+    ):
+        longer.fit(again, data(), ckpt_path=str(tmp_path / "short.ckpt"))
+    fit.fit_loop.max_epochs = 2
+    with pytest.warns(
+        UserWarning, match="stays a fraction of the 6 optimiser steps of the training"
+    ):
+        fit.fit(model, data())
+    for seen in (again.seen, model.seen[6:]):
+        assert [float(terms.beta) for terms in seen] == pytest.approx([0.1] * 6)
+
+
+def test_a_step_that_is_set_before_the_fit_is_where_it_begins(pl: Any, tmp_path: Path) -> None:
+    model = make(pl, Linear(0.1, warmup=10))
+    model.criterion.set_step(5)
+    fitted(pl, tmp_path, model)
+    assert [float(terms.beta) for terms in model.seen][:2] == pytest.approx([0.05, 0.06])
+    model.seen.clear()
+    fitted(pl, tmp_path, model)  # a new training
+    assert [float(terms.beta) for terms in model.seen][:2] == pytest.approx([0.0, 0.01])
+
+
+@pytest.mark.filterwarnings("ignore:.*stays a fraction")
 @pytest.mark.parametrize("ramp", [Linear(0.1, warmup=0.5), 0.1], ids=str)
 def test_a_base_loss_whose_names_clash(
     pl: Any, tmp_path: Path, ramp: float | Schedule, capsys: pytest.CaptureFixture[str]

@@ -437,6 +437,74 @@ def test_a_second_training_adapts_beta_anew() -> None:
     assert second.betas[0] == first.betas[0] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("options", [{"climb_warmup": 0.75}, {"climb_target_rate": 20}], ids=str)
+def test_the_same_trainer_goes_on(options: dict[str, Any]) -> None:
+    """As after an interrupt in a notebook."""
+
+    def betas(*, stop: bool) -> list[float]:
+        class Stop(pl.Callback):
+            def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+                trainer.should_stop = stop and trainer.current_epoch == 0
+
+        cfg = simclr(epochs=3, climb_beta=0.1, **options)
+        model, trainer, watch = runs.train("simclr", cfg, Stop(), batches=4)
+        if stop:
+            assert len(watch.betas) == 4
+            trainer.should_stop = False
+            trainer.fit(model, DataLoader(runs.Views(32, (32, 32)), batch_size=8))
+        return list(watch.betas)
+
+    whole, parts = betas(stop=False), betas(stop=True)
+    assert len(parts) == 12
+    if "climb_warmup" in options:
+        assert parts == whole
+    else:
+        assert parts[4] != parts[0]
+
+
+@pytest.mark.parametrize("options", [{"climb_warmup": 0.75}, {"climb_target_rate": 20}], ids=str)
+def test_an_evaluation_within_the_training_changes_nothing(options: dict[str, Any]) -> None:
+    class Evaluates(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            state = torch.get_rng_state()
+            silent = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+            other = pl.Trainer(devices=1, limit_predict_batches=0, **silent)
+            other.predict(module, DataLoader(runs.Views(8, (32, 32)), batch_size=8))
+            module.trainer = trainer
+            torch.set_rng_state(state)
+
+    cfg = {"epochs": 3, "climb_beta": 0.1, **options}
+    _, _, alone = runs.train("simclr", simclr(**cfg))
+    _, _, watch = runs.train("simclr", simclr(**cfg), Evaluates())
+    assert (watch.betas, watch.losses) == (alone.betas, alone.losses)
+
+
+def test_a_copy_that_was_made_within_a_training_is_trained() -> None:
+    """Its rate counts once, as that of a copy made afterwards."""
+
+    class Keeps(pl.Callback):
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            self.model = copy.deepcopy(module)
+
+    keeps = Keeps()
+    model, _, _ = runs.train("simclr", simclr(climb_beta=0.1), keeps)
+    after = copy.deepcopy(model)
+    assert "training_step" in vars(keeps.model)
+    losses = [runs.train(one, one.cfg)[-1].losses for one in (keeps.model, after)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("section", [{}, {"climb_beta": 0.1}], ids=str)
+def test_a_method_is_saved_whole_within_a_training(section: Any, tmp_path: Path) -> None:
+    class Saves(pl.Callback):
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            torch.save(module, tmp_path / "whole.pt")
+
+    model, _, _ = runs.train("simclr", simclr(**section), Saves())
+    loaded = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert runs.digest(loaded) == runs.digest(model)
+
+
 def test_a_search_for_the_learning_rate() -> None:
     steps = []
     for section in ({}, {"climb_beta": 0.1, "climb_warmup": 1}):
