@@ -98,6 +98,9 @@ def run_all(wanted: Sequence[Settings], args: argparse.Namespace) -> bool:
     runs = [run for run in wanted if run.name not in finished]
     if len(runs) < len(wanted):
         print(f"{len(wanted) - len(runs)} of {len(wanted)} runs are in {args.out} already")
+    for run in wanted:
+        if run.name in finished:  # a kill after its line was written has left this
+            checkpoint_of(run, args.out).unlink(missing_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + args.time_limit
     common = (args.data, args.out, args.device, args.preset, args.threads)
@@ -131,6 +134,11 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def checkpoint_of(settings: Settings, out: Path) -> Path:
+    """Where a run is kept until its line is written."""
+    return out.parent / f".{out.stem}-{settings.name}.pt"
+
+
 def run_one(
     settings: Settings,
     root: Path,
@@ -150,7 +158,7 @@ def run_one(
     if any(record["name"] == settings.name for record in records.read(out)):
         return True  # by another process, since this one was given its list
     parts = data.load(root)
-    checkpoint = out.parent / f".{out.stem}-{settings.name}.pt"
+    checkpoint = checkpoint_of(settings, out)
     error = ""
     try:
         measured = train(

@@ -320,6 +320,14 @@ class TestTheLayerThatHoldsTheHead:
         unwrap(loss)
         assert gaussian_in(student) == gaussian_in(teacher) == set()
 
+    def test_an_activation_that_a_slice_has_too(self) -> None:
+        """One rank may keep one, for its k-NN: the order of parameters must not hang on that."""
+        student = sequential()
+        slices = student[:2], nn.Sequential(*list(student.children())[:-1])
+        wrap(square, student=student, beta=1e-3)
+        assert gaussian_in(student) == {"1"}
+        assert all(len(one) == 2 for one in slices)
+
     def test_an_activation_that_garbage_has_too(self) -> None:
         """The place must not hang on when the collector ran."""
         student = sequential()

@@ -219,6 +219,54 @@ def test_what_deepcopy_refuses_is_in_the_way_only_if_the_module_needs_it() -> No
         wrap(square, student=locked, beta=1e-3)
 
 
+@pytest.mark.parametrize("size", [1e-2, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [1.0, 16.0], ids=["L2", "L2 and a scale"])
+def test_embeddings_of_any_size(size: float, scale: float) -> None:
+    """As those of a head that was trained before: under L2 nothing holds their norm."""
+    head = Net(finish=lambda net, z: scale * unit(z))
+    with torch.no_grad():
+        for parameter in head.last.parameters():
+            parameter.mul_(size)
+    plain, rows = copy.deepcopy(head), torch.randn(12, 16)
+    given, _, _ = sampled(wrap(square, student=head, beta=1e-3), head, rows)
+    assert torch.equal(given, embedded(plain, rows))
+
+
+def test_a_norm_at_the_input_with_an_epsilon_is_none_of_the_embedding() -> None:
+    class RMSNorm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+    head, rows = nn.Sequential(RMSNorm(), nn.Linear(16, 8)), torch.randn(12, 16)
+    plain = copy.deepcopy(head)
+    given, _, _ = sampled(wrap(square, student=head, beta=1e-3), head, rows)
+    assert torch.equal(given, plain(rows))
+
+
+def test_heads_that_look_at_their_values() -> None:
+    """They may refuse the great ones that the search makes."""
+
+    def forward(net: Net, z: Tensor) -> Tensor:
+        if z.abs().max() > 100 or not z.exp().isfinite().all():
+            raise AssertionError("diverged")
+        return unit(z)
+
+    head = Net(finish=forward)
+    given, _, _ = sampled(wrap(square, student=head, beta=1e-3), head, torch.randn(12, 16))
+    assert given.shape == (12, 8)
+
+
+def test_heads_with_attributes_of_all_kinds() -> None:
+    head = Net()
+    for number in range(20):
+        setattr(head, f"list_{number}", [number, {"a": [1, 2]}])
+        setattr(head, f"dict_{number}", {"a": (number, [3])})
+    head.scale = nn.Parameter(torch.tensor(2.0))  # of no dimension, and the first, as CLIP's
+    head._parameters = {"scale": head.scale}
+    loss = wrap(square, student=head, beta=1e-3)
+    assert loss(head(torch.randn(4, 16))).requires_grad
+
+
 class TestFeatures:
     def test_a_flattening_first_layer_comes_before_them(self) -> None:
         student = nn.Sequential(nn.Flatten(), *mlp(16, 32, 8))

@@ -52,6 +52,20 @@ class Run:
         self.data.set_state(state["data"])
 
 
+def test_steps_in_which_no_rank_had_a_posterior_move_nothing() -> None:
+    """Their rate is NaN, also in the first step."""
+    holes, whole = TargetRate(10.0, beta=1e-2), TargetRate(10.0, beta=1e-2)
+    holes.observe(0, torch.tensor(math.nan))
+    assert float(holes(1)) == pytest.approx(1e-2)
+    assert holes.state()["before"] is None
+    again = TargetRate(10.0, beta=1e-2)
+    again.load_state(holes.state())
+    for step in range(3):
+        for schedule in (holes, whole, again):
+            schedule.observe(step, torch.tensor(20.0 + step))
+    assert float(holes(3)) == float(whole(3)) == float(again(3)) > 1.01e-2
+
+
 @pytest.mark.parametrize("beta", [1e-5, 1e-1])
 def test_the_rate_arrives_and_stays(beta: float) -> None:
     run = Run(TargetRate(8.0, beta=beta))

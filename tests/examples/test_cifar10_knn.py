@@ -642,7 +642,11 @@ class TestRuns:
         assert study.main(common) == 0
         assert len(out.read_text().splitlines()) == 3
         capsys.readouterr()
+        # As a kill leaves it between the line and the end of the run.
+        left = out.parent / f".{out.stem}-{json.loads(out.read_text().splitlines()[1])['name']}.pt"
+        left.touch()
         assert study.main(common) == 0
+        assert not left.exists()
         said = capsys.readouterr().out
         assert "3 of 3 runs are in" in said
         assert "| byol | norm, beta 0.1 | 1 |" in said
