@@ -52,12 +52,11 @@ class ClimbCallback(_Callback):
     ``climb_rate_step``. If the module has several losses, each name ends in ``_`` and the loss's
     attribute path: ``climb_rate_dino_loss``.
 
-    A loss counts optimiser steps by itself, from 0 in each new training (from where ``set_step``
-    said, if that was called before). A schedule that needs the length of the training (a ramp with
-    fractions and without ``total_steps``) is laid over ``trainer.estimated_stepping_batches``, and
-    stays so when the training is resumed. With manual optimisation Lightning estimates one step
-    per batch: give ``total_steps`` if yours are fewer. Give ``total_steps`` as well if a
-    GradientAccumulationScheduler changes the length. While a learning rate or a batch size is
+    A loss counts optimiser steps by itself, from 0 in each new training, or from what ``set_step``
+    said before. A schedule that needs the training's length (a ramp with fractions and without
+    ``total_steps``) is laid over ``trainer.estimated_stepping_batches``, and stays so when the
+    training is resumed. Give ``total_steps`` if a GradientAccumulationScheduler changes the length,
+    or if manual optimisation has fewer steps than batches. While a learning rate or a batch size is
     sought, before the training, such a schedule is at its end, and an infinite loss does not raise.
 
     A loss is found as a submodule, or as an attribute (or in lists, tuples and dicts that are one)
@@ -106,7 +105,16 @@ class ClimbCallback(_Callback):
             self._lengths = {}
         for path, loss in losses.items():
             if loss.climb.schedule.needs_length:
-                loss.climb.lay(self._length(trainer, path, loss.climb.schedule))
+                total = self.length(trainer, loss.climb.schedule)
+                length = self._lengths.setdefault(path, total)
+                if length != total:
+                    warnings.warn(
+                        f"{self.named(loss.climb.schedule)} stays a fraction of the {length} "
+                        "optimiser steps of the training that is resumed, not of the "
+                        f"{total} of this one.",
+                        stacklevel=2,
+                    )
+                loss.climb.lay(length)
             if trainer.global_step == 0:
                 loss.climb.begin()
         self._is_waiting = False
@@ -114,18 +122,6 @@ class ClimbCallback(_Callback):
         if trainer.is_global_zero:
             for path, loss in losses.items():
                 print(_in_force(path, loss, self._lengths.get(path)), flush=True)
-
-    def _length(self, trainer: Any, path: str, schedule: Schedule) -> int:
-        """The optimiser steps of the training, or of the resumed one."""
-        total = self.length(trainer, schedule)
-        length = self._lengths.setdefault(path, total)
-        if length != total:
-            warnings.warn(
-                f"{self.named(schedule)} stays a fraction of the {length} optimiser steps of the "
-                f"training that is resumed, not of the {total} of this one.",
-                stacklevel=2,
-            )
-        return length
 
     def named(self, schedule: Schedule) -> str:
         """A schedule's name in messages."""
@@ -155,10 +151,7 @@ class ClimbCallback(_Callback):
         return int(total)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of losses that are no submodules, which the module's own state lacks.
-
-        And the lengths over which schedules were laid.
-        """
+        """The state that the module's own lacks: of losses that are no submodules, and lengths."""
         modules = set() if self._module is None else set(self._module.modules())
         losses = {
             path: {**loss.climb_state(), "priors": loss.climb_priors.state_dict()}

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from climb_plugin._graph import noise
 from climb_plugin._run.watch import Watch
 from climb_plugin.checks import checked_number, checked_step, warn
-from climb_plugin.distributed import beside, mean_over_ranks, world_size
+from climb_plugin.distributed import mean_over_ranks, world_size
 from climb_plugin.head import GaussianHead
 from climb_plugin.prior import prior_name
 from climb_plugin.schedule import Schedule, as_schedule
 from climb_plugin.schedule.base import beta_at
 from climb_plugin.settings import Settings, is_off
-from climb_plugin.state import checked_position, checked_rates, checked_schedules, copied
+from climb_plugin.state import StepRates, checked_state, copied
 from climb_plugin.terms import ClimbTerms
 
 if TYPE_CHECKING:
@@ -32,8 +30,7 @@ class Climb:
         attached: Those heads that :func:`~climb_plugin.attach.attach` hung on a module.
         observers: Functions that get the terms of every call of the loss, and whether a posterior
             was involved; for hosts that log. A copy of the criterion has none.
-        watches: Whether terms that are not finite raise and collapses warn. A host sets False
-            during a search for a learning rate, which may run into infinity.
+        watches: Whether infinite terms raise and collapses warn; False while a host searches.
         watch: The checks of the training.
     """
 
@@ -51,8 +48,7 @@ class Climb:
         self._prior = prior_name(settings.prior)
         self._free_nats = settings.free_nats
         self.alpha = settings.alpha
-        self._rates: list[Tensor] = []  # of the calls of one step, until the step is over
-        self._rates_step = 0
+        self._rates = StepRates()
         self.schedule = settings.schedule
         self.observers: list[Callable[[ClimbTerms, bool], None]] = []
         self.watches = True
@@ -104,7 +100,7 @@ class Climb:
             )
         if schedule is not self.__dict__.get("_schedule"):
             schedule.belong_to(self, free_nats=self.free_nats * len(self.heads))
-            self._rates = []
+            self._rates = StepRates()
         self._schedule = schedule
 
     def lay(self, total_steps: int | None) -> None:
@@ -131,11 +127,7 @@ class Climb:
 
     @property
     def beta(self) -> float:
-        """The weight of the bottleneck at this step; set, it replaces the schedule.
-
-        Raises:
-            AttributeError: If the schedule cannot tell.
-        """
+        """The weight at this step; an AttributeError if that cannot be told. Can be set."""
         try:
             return float(self.weight())
         except ValueError as error:
@@ -151,12 +143,8 @@ class Climb:
         return beta_at(self.schedule, self.step)
 
     def _observe(self) -> None:
-        """Shows the schedule the rate of a step that is over."""
-        if self._rates and self.step != self._rates_step:
-            last = self._rates[-1]
-            rate = torch.stack([beside(last, rate) for rate in self._rates]).nanmean()
-            self._rates = []
-            self.schedule.observe(self._rates_step, rate)
+        if seen := self._rates.take(self.step):  # the rate of a step that is over
+            self.schedule.observe(*seen)
 
     @property
     def step(self) -> int:
@@ -171,22 +159,20 @@ class Climb:
         self.watch.steps.set_to(checked_step(step))
 
     def begin(self) -> None:
-        """Begins a new training at step 0, or where ``set_step`` said since the last step."""
+        """Begins a training at step 0, or where ``set_step`` said since the last step."""
         if not self.watch.steps.is_set:
             self.watch.steps.restore(0)
 
     def trains(self, value: Tensor, penalty: Tensor | None) -> None:
-        """Notes a call that trains: the loss, and the penalty in it if there are posteriors.
+        """Notes a call that trains: the loss, and the penalty if there are posteriors.
 
-        A schedule sees one rate a step, the mean over the calls of the step (gradient
-        accumulation, a loss per view, the closures of LBFGS), once the step is over. A call without
-        posteriors counts as a step as well; other ranks may have some.
+        A schedule sees one rate a step, the mean over its calls (as of accumulation, of a loss per
+        view, of LBFGS), once the step is over. Other ranks may have posteriors.
         """
         if self._schedule.needs_rate and (penalty is not None or world_size() > 1):
             self._observe()
             # Averaged over the ranks at once: a checkpoint of one rank is then right for all.
-            self._rates.append(mean_over_ranks(self.terms.rate.detach().float()))
-            self._rates_step = self.step
+            self._rates.add(self.step, mean_over_ranks(self.terms.rate.detach().float()))
         self.watch.trains(value, penalty)
 
     def state(self) -> dict[str, Any]:
@@ -197,27 +183,19 @@ class Climb:
         if own:
             state["schedule"] = {type(self.schedule).__name__: copied(own)}
         if self.schedule.needs_rate:
-            rates = [rate for rate in map(float, self._rates) if not math.isnan(rate)]
-            state["rates"] = [self._rates_step, *rates]
+            state["rates"] = self._rates.state()
         state["noise"] = list(noise.position() or (0, 0))
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """As :meth:`~climb_plugin.ClimbLoss.load_climb_state`."""
         config = self.config()
-        if not isinstance(state, Mapping) or not {"step", *config} <= state.keys():
-            raise ValueError(
-                f"the state of a ClimbLoss has step, {', '.join(config)}, got {state!r}: it is "
-                "damaged, or of something else."
-            )
-        step = checked_step(state["step"])
-        position = checked_position(state.get("noise"))
-        rates = checked_rates(state.get("rates"))
-        own = checked_schedules(state.get("schedule")).get(type(self.schedule).__name__)
+        step, position, rates, schedules = checked_state(state, config)
+        own = schedules.get(type(self.schedule).__name__)
         if own is not None:
             self.schedule.load_state(own)
         if self.schedule.needs_rate:
-            self._rates_step, self._rates = rates
+            self._rates = rates
         noise.restore(position)
         self.watch.steps.restore(step)
         # Last, so that warnings which are errors leave nothing half loaded.

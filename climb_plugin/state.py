@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from climb_plugin.checks import checked_step
+from climb_plugin.distributed import beside
+
+
+def checked_state(
+    state: Any, config: Collection[str]
+) -> tuple[int, tuple[int, int] | None, StepRates, Mapping[str, Any]]:
+    """Step, place in the noise, rates, and schedules of a criterion's state.
+
+    Args:
+        state: Of :meth:`climb_plugin.ClimbLoss.climb_state`.
+        config: The names of the settings that must be there.
+    """
+    if not isinstance(state, Mapping) or not {"step", *config} <= state.keys():
+        raise ValueError(
+            f"the state of a ClimbLoss has step, {', '.join(config)}, got {state!r}: it is "
+            "damaged, or of something else."
+        )
+    return (
+        checked_step(state["step"]),
+        checked_position(state.get("noise")),
+        checked_rates(state.get("rates")),
+        checked_schedules(state.get("schedule")),
+    )
 
 
 def checked_position(saved: Any) -> tuple[int, int] | None:
@@ -36,8 +61,31 @@ def checked_schedules(saved: Any) -> Mapping[str, Any]:
     return saved or {}
 
 
-def checked_rates(saved: Any) -> tuple[int, list[Tensor]]:
-    """A step and the rates of its calls so far."""
+class StepRates:
+    """The rates of the calls of a step, until the step is over."""
+
+    def __init__(self, step: int = 0, rates: Iterable[Tensor] = ()) -> None:
+        self._step, self._rates = step, list(rates)
+
+    def add(self, step: int, rate: Tensor) -> None:
+        """Adds the rate of a call; NaN if it had none, on any rank."""
+        self._step = step
+        self._rates.append(rate)
+
+    def take(self, step: int) -> tuple[int, Tensor] | None:
+        """The step before ``step`` and the mean rate of its calls, once; None if there is none."""
+        if not self._rates or step == self._step:
+            return None
+        rates, self._rates = self._rates, []
+        return self._step, torch.stack([beside(rates[-1], rate) for rate in rates]).nanmean()
+
+    def state(self) -> list[float]:
+        """The step, and the rates that are known, as numbers; waits for the device."""
+        return [self._step, *(rate for rate in map(float, self._rates) if not math.isnan(rate))]
+
+
+def checked_rates(saved: Any) -> StepRates:
+    """The rates of a :meth:`StepRates.state`."""
     try:
         step, *rates = [0] if saved is None else saved
         whole = isinstance(step, int) and all(math.isfinite(rate) for rate in rates)
@@ -48,7 +96,8 @@ def checked_rates(saved: Any) -> tuple[int, list[Tensor]]:
             "the rates in the state of a ClimbLoss are a step and finite numbers, got "
             f"{saved!r}: it is damaged, or of something else."
         )
-    return step, [torch.tensor(rate, dtype=torch.float32, device="cpu") for rate in rates]
+    values = [torch.tensor(rate, dtype=torch.float32, device="cpu") for rate in rates]
+    return StepRates(step, values)
 
 
 def copied(state: Any) -> Any:

@@ -94,6 +94,7 @@ PARTS = {
     "Prior",  # abstract
     "Schedule",  # abstract
     "Settings",
+    "StepRates",
     "SharedLogvar",
     "Short",
 }
