@@ -9,8 +9,8 @@ from torch import nn
 
 from climb_plugin.loss import ClimbLoss
 
-# Submodules are walked as such; hyperparameters may hold a copy of the loss.
 _KINDS = (ClimbLoss, list, tuple, dict)
+# Submodules are walked as such; hyperparameters may hold a copy of the loss.
 _NO_ATTRIBUTES = frozenset({"_modules", "_hparams", "_hparams_initial"})
 
 

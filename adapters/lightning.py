@@ -162,8 +162,8 @@ class ClimbCallback(_Callback):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores a :meth:`state_dict`; for losses that are unknown as yet, in on_train_start."""
-        self._lengths = dict(state_dict["lengths"])
-        self._restored.update(state_dict["losses"])
+        losses, self._lengths = _parts(state_dict)
+        self._restored.update(losses)
         self._restore(self._losses())
 
     def on_train_batch_start(
@@ -244,6 +244,18 @@ class ClimbCallback(_Callback):
             if getattr(pl_module, "strict_loading", True):  # since Lightning 2.2
                 raise ValueError(message)
             warnings.warn(message, stacklevel=3)
+
+
+def _parts(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Losses and lengths of a callback's state."""
+    try:
+        return dict(state["losses"]), dict(state["lengths"])
+    except KeyError as error:
+        raise ValueError(
+            f"the state of a ClimbCallback has losses and lengths, got {', '.join(state)}: another "
+            "version of climb-plugin has saved this checkpoint. Resume with that version, or load "
+            "the weights alone and train anew."
+        ) from error
 
 
 class _Record:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from climb_plugin._graph import noise
 from climb_plugin._run.watch import Watch
 from climb_plugin.checks import checked_number, checked_step, warn
-from climb_plugin.distributed import mean_over_ranks, world_size
+from climb_plugin.distributed import beside, mean_over_ranks, world_size
 from climb_plugin.head import GaussianHead
 from climb_plugin.prior import prior_name
 from climb_plugin.schedule import Schedule, as_schedule
@@ -164,15 +164,17 @@ class Climb:
             self.watch.steps.restore(0)
 
     def trains(self, value: Tensor, penalty: Tensor | None) -> None:
-        """Notes a call that trains: the loss, and the penalty if there are posteriors.
+        """Notes a call that trains: the loss, and the penalty if this rank has posteriors.
 
-        A schedule sees one rate a step, the mean over its calls (as of accumulation, of a loss per
-        view, of LBFGS), once the step is over. Other ranks may have posteriors.
+        A schedule sees one rate a step, the mean over its calls (as in accumulation).
         """
         if self._schedule.needs_rate and (penalty is not None or world_size() > 1):
             self._observe()
             # Averaged over the ranks at once: a checkpoint of one rank is then right for all.
-            self._rates.add(self.step, mean_over_ranks(self.terms.rate.detach().float()))
+            rate = self.terms.rate.detach()
+            if penalty is None:  # on the device of the base loss, which may be a zero of the CPU
+                rate = beside(self.heads[0].logvar.bias, rate)
+            self._rates.add(self.step, mean_over_ranks(rate.float()))
         self.watch.trains(value, penalty)
 
     def state(self) -> dict[str, Any]:

@@ -454,6 +454,11 @@ def test_a_longer_training_goes_on_with_the_ramp_of_the_first(pl: Any, tmp_path:
         assert [float(terms.beta) for terms in seen] == pytest.approx([0.1] * 6)
 
 
+def test_a_state_of_another_version_is_refused(pl: Any) -> None:
+    with pytest.raises(ValueError, match="has losses and lengths, got criterion.*another version"):
+        ClimbCallback().load_state_dict({"criterion": {"step": 3}})
+
+
 def test_a_step_that_is_set_before_the_fit_is_where_it_begins(pl: Any, tmp_path: Path) -> None:
     model = make(pl, Linear(0.1, warmup=10))
     model.criterion.set_step(5)
