@@ -65,10 +65,9 @@ class ClimbCallback(_Callback):
     (``save_top_k=-1``).
 
     Raises:
-        ValueError: At the start of the training, if there is no ClimbLoss in the module; if a
-            fraction is to be laid over a training of unknown length; if a resumed checkpoint has
-            the state of a loss whose attribute path is gone (a warning, if the LightningModule has
-            ``strict_loading = False``).
+        ValueError: At the start of the training, if the module has no ClimbLoss; if a fraction
+            needs a length that is not known; if a resumed checkpoint has the state of a loss whose
+            attribute path is gone (a warning, with ``strict_loading = False``).
 
     Examples:
         >>> callback = ClimbCallback()  # Trainer(callbacks=[ClimbCallback()])
@@ -110,8 +109,7 @@ class ClimbCallback(_Callback):
                 if length != total:
                     warnings.warn(
                         f"{self.named(loss.climb.schedule)} stays a fraction of the {length} "
-                        "optimiser steps of the training that is resumed, not of the "
-                        f"{total} of this one.",
+                        f"optimiser steps of the training that is resumed, not of {total}.",
                         stacklevel=2,
                     )
                 loss.climb.lay(length)
@@ -247,15 +245,12 @@ class ClimbCallback(_Callback):
 
 
 def _parts(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Losses and lengths of a callback's state."""
-    try:
-        return dict(state["losses"]), dict(state["lengths"])
-    except KeyError as error:
+    if not {"losses", "lengths"} <= state.keys():
         raise ValueError(
-            f"the state of a ClimbCallback has losses and lengths, got {', '.join(state)}: another "
-            "version of climb-plugin has saved this checkpoint. Resume with that version, or load "
-            "the weights alone and train anew."
-        ) from error
+            f"the state of a ClimbCallback has losses and lengths, got {', '.join(state)}: resume "
+            "with the other version of climb-plugin that saved it, or load the weights alone."
+        )
+    return dict(state["losses"]), dict(state["lengths"])
 
 
 class _Record:

@@ -164,15 +164,12 @@ class Climb:
             self.watch.steps.restore(0)
 
     def trains(self, value: Tensor, penalty: Tensor | None) -> None:
-        """Notes a call that trains: the loss, and the penalty if this rank has posteriors.
-
-        A schedule sees one rate a step, the mean over its calls (as in accumulation).
-        """
+        """Notes a call that trains: the loss, and the penalty if there are posteriors."""
         if self._schedule.needs_rate and (penalty is not None or world_size() > 1):
             self._observe()
             # Averaged over the ranks at once: a checkpoint of one rank is then right for all.
             rate = self.terms.rate.detach()
-            if penalty is None:  # on the device of the base loss, which may be a zero of the CPU
+            if penalty is None:  # on the base loss's device, which may be a zero of the CPU
                 rate = beside(self.heads[0].logvar.bias, rate)
             self._rates.add(self.step, mean_over_ranks(rate.float()))
         self.watch.trains(value, penalty)

@@ -179,16 +179,15 @@ class Steps:
 
     def _before(self) -> set[int]:
         """The ids of the parameters behind the samples, and of the projection heads."""
-        own = _ids(self._parameters())
-        hung = _ids(p for student in self._students for p in student.parameters())
-        return (hung | (self._leaves or set())) - own
+        return (self._hung() | (self._leaves or set())) - _ids(self._parameters())
 
     def _projection(self) -> set[int]:
         """The ids of the projection heads' parameters; of all before a head put in by hand."""
-        if len(self._students) < len(self._heads):
-            return self._before()
-        hung = _ids(p for student in self._students for p in student.parameters())
-        return hung - _ids(self._parameters())
+        is_by_hand = len(self._students) < len(self._heads)
+        return self._before() if is_by_hand else self._hung() - _ids(self._parameters())
+
+    def _hung(self) -> set[int]:
+        return _ids(p for student in self._students for p in student.parameters())
 
     def __getstate__(self) -> dict[str, Any]:
         return {
