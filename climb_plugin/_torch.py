@@ -120,12 +120,19 @@ def has_hook(module: nn.Module, number: int) -> bool:
 
 
 def without_hooks(module: nn.Module) -> dict[int, Any]:
-    """A memo for ``copy.deepcopy`` with which the copy of the module has no hooks.
+    """A memo for ``copy.deepcopy`` with which the copy of the module has none of a user's hooks.
 
     Handles take off one hook at a time only; and what the hooks belong to may be beyond copying.
+    Those of torch.nn.utils stay (weight_norm, spectral_norm, pruning): they compute a weight before
+    each forward, which until then is of another device or precision than a module that was moved.
     """
     return {
-        id(hooks): type(hooks)()
+        id(hooks): type(hooks)(
+            (number, hook)
+            for number, hook in hooks.items()
+            if name == "_forward_pre_hooks"
+            and any(base.__module__.startswith("torch.nn.utils.") for base in type(hook).__mro__)
+        )
         for part in module.modules()
         for name, hooks in vars(part).items()
         if name.endswith("_hooks") and isinstance(hooks, dict)

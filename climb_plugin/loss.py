@@ -100,8 +100,11 @@ class ClimbLoss(Door):
         settings = Settings(beta=beta, alpha=alpha, prior=prior, views=views, free_nats=free_nats)
         items = tuple(heads) if isinstance(heads, Sequence) else (heads,)
         checked = _checked_heads(items)
-        widths = [head.out_features for head in checked]
-        self.climb_priors = nn.ModuleList(make_priors(prior, widths, views=views))
+        priors = make_priors(prior, [head.out_features for head in checked], views=views)
+        if not isinstance(prior, Prior):  # made here, so for where the heads are
+            for one, head in zip(priors, checked, strict=True):
+                one.to(head.logvar.bias.device)
+        self.climb_priors = nn.ModuleList(priors)
         self.base = base
         self.climb = Climb(
             heads=checked,
