@@ -161,3 +161,12 @@ def is_compiled(module: nn.Module) -> bool:
 def joins(wrapper: nn.Module) -> bool:
     """Whether a DistributedDataParallel trains in its ``join()`` context."""
     return bool(getattr(getattr(wrapper, "_join_config", None), "enable", False))
+
+
+def averaged_in(wrapper: nn.Module, otherwise: set[int]) -> set[int]:
+    """The ids of the parameters that a DistributedDataParallel averages: those it was built with.
+
+    Other wrappers, which look at their parameters later, average ``otherwise``.
+    """
+    found = getattr(wrapper, "_module_parameters", None)
+    return otherwise if found is None else {id(parameter) for parameter in found}

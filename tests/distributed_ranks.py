@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from climb_plugin import ClimbLoss, GaussianHead
+from climb_plugin import wrap as wrap_loss
 from climb_plugin.schedule import Linear, Schedule, TargetRate
 
 BETA, ALPHA, LR = 0.1, 0.5, 0.1
@@ -155,6 +156,23 @@ def accumulation(rank: int, world: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     return {"betas": betas, "parameters": values(step)}
+
+
+def wrapped_late(rank: int, world: int) -> tuple[str, dict[str, Any]]:
+    """What is said of a loss that is wrapped behind DDP, and the gradients with a second DDP."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    early = DistributedDataParallel(net)
+    loss = wrap_loss(base, student=net, beta=BETA)
+    said = ""
+    try:
+        loss(early(torch.ones(4, 6)), early(torch.ones(4, 6)))
+    except RuntimeError as error:
+        said = str(error)
+    # The first one is still there, and another one averages the head.
+    late = DistributedDataParallel(net)
+    loss(late(torch.randn(4, 6)), late(torch.randn(4, 6))).backward()
+    return said, grads(net)
 
 
 def joined(rank: int, world: int) -> dict[str, Any]:
@@ -383,6 +401,7 @@ def scenarios(rank: int, world: int, folder: str) -> dict[str, Callable[[], Any]
         add(f"fsdp {how}, bfloat16", fsdp_bfloat16, how)
         add(f"fsdp {how}, training", fsdp_training, how, folder)
     add("join", joined)
+    add("wrapped late", wrapped_late)
     add("target rate in join", joined_target)
     return found
 

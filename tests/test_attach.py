@@ -248,6 +248,24 @@ class Prototypes(nn.Module):
         return self.last(F.normalize(self.mlp(x), dim=-1))
 
 
+class WithEmpty(nn.Module):
+    """A residual block without an activation of its own, whose shortcut or whose norms are none."""
+
+    def __init__(self, empty: nn.Module) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.empty = empty
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        if isinstance(self.empty, nn.Sequential):
+            return out.relu() + self.empty(x)
+        parts = self.empty.values() if isinstance(self.empty, nn.ModuleDict) else self.empty
+        for part in parts:
+            out = out + part(out)
+        return out
+
+
 class TestTheLayerThatHoldsTheHead:
     @pytest.mark.parametrize(
         "make",
@@ -336,6 +354,32 @@ class TestTheLayerThatHoldsTheHead:
         del garbage
         wrap(square, student=student, beta=1e-3)
         assert gaussian_in(student) == {"1"}
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(16, 8))),
+            lambda: nn.Sequential(*[nn.Linear(16, 16)] * 2),
+            lambda: WithEmpty(nn.Sequential()),
+            lambda: WithEmpty(nn.ModuleList()),
+            lambda: WithEmpty(nn.ModuleDict()),
+        ],
+        ids=["weight_norm", "twice", "empty Sequential", "empty list", "empty dict"],
+    )
+    def test_no_container_runs_it(self, make: Callable[[], nn.Module]) -> None:
+        """An empty shortcut, or an optional norm; and a Sequential of parametrised layers."""
+        student, rows = make(), torch.randn(4, 16)
+        mean = copy.deepcopy(student).eval()(rows).detach()
+        lengths = [len(part) for part in student.modules() if hasattr(part, "__len__")]
+        loss = wrap(square, student=student, beta=1e-3)
+        assert [len(p) for p in student.modules() if hasattr(p, "__len__")] == lengths
+        assert_rate(loss, student, rows, mean)
+        assert torch.equal(student.eval()(rows), mean)
+
+    def test_containers_alone_are_refused(self) -> None:
+        student = nn.Sequential(nn.Sequential(nn.ParameterList([torch.ones(3)])))
+        with pytest.raises(ValueError, match="GaussianHead"):
+            wrap(square, student=student, beta=1e-3)
 
     def test_a_first_parameter_of_integers(self) -> None:
         student = sequential()

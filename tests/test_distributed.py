@@ -175,6 +175,15 @@ def test_a_learned_prior_that_nothing_averages_is_warned_of(world: Ranks) -> Non
             assert alike == name.startswith("net."), name
 
 
+def test_a_loss_that_is_wrapped_behind_ddp_is_refused(world: Ranks) -> None:
+    """DDP averages the parameters that it was built with; a second one, built later, is right."""
+    (said, first), *others = world["wrapped late"]
+    assert "wrap the loss first, then the model" in said
+    for _, gradients in others:
+        assert gradients.keys() == first.keys()
+        assert all(torch.equal(gradients[name], first[name]) for name in first)
+
+
 def test_accumulation_under_a_ramp(world: Ranks) -> None:
     first, *others = world["accumulation"]
     steps = [0, 0, 1, 1, 2, 2]

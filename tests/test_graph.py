@@ -389,6 +389,15 @@ class TestMissing:
         assert re.search(said, str(error.value))
         assert "criterion.base(...)" in str(error.value)
 
+    def test_a_look_at_a_model_without_gradients_is_the_base_loss(self) -> None:
+        """In train(): the model ran under no_grad(), and the criterion does not."""
+        student, rows = mlp(8, 8, 4), torch.randn(6, 8)
+        loss = wrap(F.mse_loss, student=student, beta=1e-3)
+        with torch.no_grad():
+            output = student(rows)
+        assert torch.equal(loss(output, self.target), F.mse_loss(output, self.target))
+        assert torch.isnan(loss.terms.rate)
+
     def test_forward_called_directly(self) -> None:
         """Of a head that hangs on the module itself."""
 

@@ -202,6 +202,18 @@ class TestNobodyHoldsTheHead:
         with pytest.raises(RuntimeError, match=NOT_HELD):
             train(student, loss, optimizer)
 
+    def test_one_of_two_heads(self) -> None:
+        """The optimiser was built between the two: it holds the first."""
+        one, other = make_student(), make_student()
+        heads = [attach(one)]
+        optimizer = sgd([*one.parameters(), *other.parameters()])
+        heads.append(attach(other))
+        loss = ClimbLoss(nn.functional.mse_loss, heads=heads, beta=1e-3)
+        rows = torch.randn(16, 8)
+        loss(one(rows), other(rows)).backward()
+        with pytest.raises(RuntimeError, match=NOT_HELD):
+            optimizer.step()
+
     @pytest.mark.parametrize("how", ["itself", "deepcopy", "pickle"])
     def test_in_a_second_stage(self, how: str) -> None:
         """Its optimiser is built anew from names, and the head's are not among them."""
@@ -287,6 +299,36 @@ class TestHealthy:
         finally:
             gc.unfreeze()
         assert torch.equal(attached.head.logvar.bias, before) == (every == 99)
+
+    @pytest.mark.parametrize("by_hand", [False, True])
+    def test_another_stage_after_a_batch_that_was_not_stepped(self, by_hand: bool) -> None:
+        """The rest of an accumulation; then a part of the projection head is tuned alone."""
+        student = make_student()
+        if by_hand:
+            head = GaussianHead(4)
+            loss = ClimbLoss(square, heads=head, beta=1e-3)
+            student.append(head)
+        else:
+            loss = wrap(square, student=student, beta=1e-3)
+        train(student, loss, sgd(student.parameters()))
+        gc.collect()
+        loss(student(torch.randn(16, 8))).backward()
+        tuned = student[0]
+        optimizer = sgd(tuned.parameters())
+        for _ in range(3):
+            tuned(torch.randn(16, 8)).square().mean().backward()
+            optimizer.step()
+
+    def test_two_heads_of_two_optimisers(self) -> None:
+        students = make_student(), make_student()
+        loss = ClimbLoss(nn.functional.mse_loss, heads=[attach(one) for one in students], beta=1e-3)
+        optimizers = [sgd(one.parameters()) for one in students]
+        for _ in range(3):
+            rows = torch.randn(16, 8)
+            loss(*(one(rows) for one in students)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert loss.step == 3
 
     @pytest.mark.parametrize("rest", [sgd, PlainSGD, None], ids=["slower", "not torch's", "none"])
     def test_matrices_alone(self, rest: Make | None) -> None:
@@ -536,6 +578,44 @@ class TestOneStepOfMany:
                 optimizer.step()
 
         assert self.betas(loop) == [0, 1, 2, 30, 31, 32]
+
+
+class TestIdle:
+    """Optimiser steps that move a head while its loss adds nothing."""
+
+    def steps(self, called: Any, student: nn.Module, count: int) -> None:
+        optimizer = sgd(student.parameters())
+        for _ in range(count):
+            called(student(torch.randn(16, 8))).backward()
+            optimizer.step()
+
+    def test_the_plain_loss_is_called_by_mistake(self) -> None:
+        student = make_student()
+        loss = wrap(square, student=student, beta=1e-3)
+        self.steps(square, student, 10)
+        with pytest.warns(UserWarning, match="its loss was not called") as said:
+            self.steps(square, student, 5)
+        assert len(said) == 1
+        assert loss.step == 0
+
+    def test_the_model_stays_in_eval(self) -> None:
+        student = make_student().eval()
+        loss = wrap(square, student=student, beta=1e-3)
+        self.steps(loss, student, 10)
+        with pytest.warns(UserWarning, match=r"was in eval\(\)") as said:
+            self.steps(loss, student, 5)
+        assert len(said) == 1
+
+    def test_nothing_is_said_of_what_is_meant(self) -> None:
+        """Steps now and then, another loss of the same head, and another stage in eval()."""
+        student = make_student()
+        loss = wrap(square, student=student, beta=1e-3)
+        for _ in range(3):
+            self.steps(square, student, 8)
+            self.steps(loss, student, 1)
+        other = ClimbLoss(square, heads=loss.heads, beta=1e-3)
+        self.steps(other, student, 15)
+        self.steps(square, student.eval(), 15)
 
 
 def test_the_hook_is_gone_with_the_loss() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -179,6 +180,21 @@ def test_joining() -> None:
     """Real processes join in test_distributed.py."""
     tests("joins")
     assert not _torch.joins(nn.Linear(2, 2))
+
+
+def test_averaging() -> None:
+    """DistributedDataParallel goes on with the parameters that it was built with."""
+    tests("averaged_in")
+    layer = nn.Linear(2, 2)
+    assert _torch.averaged_in(layer, {1}) == {1}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapper = nn.parallel.DistributedDataParallel(layer)
+    finally:
+        dist.destroy_process_group()
+    before = {id(parameter) for parameter in layer.parameters()}
+    layer.late = nn.Linear(2, 2)
+    assert _torch.averaged_in(wrapper, set()) == before
 
 
 def test_all_functions_are_tested() -> None:

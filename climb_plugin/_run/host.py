@@ -5,10 +5,13 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from climb_plugin._run.copied import YOURSELF
 from climb_plugin._run.living import are_elsewhere
 from climb_plugin._run.refusals import named_tensors
 
 _OF_NORMS, _OF_DROPOUTS = ("eps",), ("p", "drop_prob")
+# These run or count whatever is in them: a head there would be a layer.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def find_host(student: nn.Module, teacher: nn.Module | None, *, path: str) -> str:
@@ -24,6 +27,9 @@ def find_host(student: nn.Module, teacher: nn.Module | None, *, path: str) -> st
         student: The projection head.
         teacher: Its twin.
         path: That of the submodule whose output is sampled; empty for the module's.
+
+    Raises:
+        ValueError: If there is no layer but containers.
     """
     choices = _choices(student, path)
     roots = [student] if teacher is None else [student, teacher]
@@ -36,11 +42,15 @@ def find_host(student: nn.Module, teacher: nn.Module | None, *, path: str) -> st
             dict(zip(roots, hosts, strict=True)), but_slices=True
         ):
             return choice
+    if not choices and isinstance(student, _CONTAINERS):
+        raise ValueError(
+            f"{type(student).__name__} has no layer that could hold a head: {YOURSELF}."
+        )
     return choices[0] if choices else ""
 
 
 def _choices(module: nn.Module, path: str) -> list[str]:
-    """Paths of layers that a module has only once, the best first."""
+    """Paths of layers, the best first; those that the module has in several places come last."""
     named = list(module.named_modules(remove_duplicate=False))
     parts = [part for _, part in named]
     inside = set(module.get_submodule(path).modules())
@@ -49,19 +59,17 @@ def _choices(module: nn.Module, path: str) -> list[str]:
     leaves = [
         (name, part)
         for name, part in reversed(named[:behind])
-        if parts.count(part) == 1
-        and not any(part.children())
+        if all(child == "parametrizations" for child, _ in part.named_children())
+        and not isinstance(part, _CONTAINERS)
         and not any(name.startswith(beginning) for beginning in lists)
     ]
-    free = [(name, part) for name, part in leaves if not any(True for _ in named_tensors(part))]
+    once = [(name, part) for name, part in leaves if parts.count(part) == 1]
+    free = [(name, part) for name, part in once if not any(True for _ in named_tensors(part))]
     kinds = [
         [one for one in free if not _has(one[1], *_OF_NORMS, *_OF_DROPOUTS)],
         [one for one in free if not _has(one[1], *_OF_NORMS)],
-        [
-            one
-            for one in leaves
-            if one[1] in inside and any(p.ndim > 1 for p in one[1].parameters())
-        ],
+        [one for one in once if one[1] in inside and any(p.ndim > 1 for p in one[1].parameters())],
+        [one for one in once if one[1] in inside],
         [one for one in leaves if one[1] in inside],
     ]
     return list(dict.fromkeys(name for kind in kinds for name, _ in kind))

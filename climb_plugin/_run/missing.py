@@ -44,8 +44,16 @@ class Wiring:
             )
         missing = [place for place, samples in enumerate(found) if not samples]
         self._proven |= set(range(len(found))).difference(missing)
-        if missing:
+        if missing and not self._only_looks(value, last):
             self._explain(value, missing, last)
+
+    def _only_looks(self, value: Tensor, last: int) -> bool:
+        """Whether the model alone ran under no_grad(): an evaluation, as nothing can be trained."""
+        return (
+            not (value.requires_grad or transforms_active())
+            and bool(self._called("no_grad", last))
+            and not self._called("sampled", last)
+        )
 
     def _explain(self, value: Tensor, missing: list[int], last: int) -> None:
         trained = [place for place in missing if _trains(self._heads[place])]

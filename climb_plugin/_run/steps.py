@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from climb_plugin._graph.walk import leaves_behind
+from climb_plugin._run.idle import Idle
 from climb_plugin._run.living import living
 from climb_plugin.checks import warn
-from climb_plugin.head import outside_compiled_code
+from climb_plugin.head import GaussianHead, outside_compiled_code
 
 _all: WeakSet[Steps] = WeakSet()
 
@@ -32,13 +33,13 @@ class Steps:
     """
 
     def __init__(
-        self, heads: Sequence[nn.Module], priors: nn.Module, students: Sequence[nn.Module]
+        self, heads: Sequence[GaussianHead], priors: nn.Module, students: Sequence[nn.Module]
     ) -> None:
         self._start(tuple(heads), priors, tuple(students), 0)
 
     def _start(
         self,
-        heads: tuple[nn.Module, ...],
+        heads: tuple[GaussianHead, ...],
         priors: nn.Module,
         students: tuple[nn.Module, ...],
         steps: int,
@@ -50,6 +51,10 @@ class Steps:
         self._called = False  # The same, but kept if backward passes are counted.
         self._skipped: Tensor | None = None
         self._counting: ReferenceType[Optimizer] | None = None
+        self._was_held = False  # Whether an optimiser that holds a head has stepped.
+        self._stepped_without = False  # Whether one that holds none of them has, since.
+        self._idle = Idle(heads)
+        self._known: set[GaussianHead] = set()  # Of several heads, those that an optimiser holds.
         self._passes = 0  # Backward passes since, which may count as steps.
         self._passed = False  # Whether the last call of the loss had one.
         self._looked = False
@@ -102,6 +107,12 @@ class Steps:
         if self._leaves is None and penalty is not None:
             self._leaves = leaves_behind(penalty) - _ids(self._priors.parameters())
 
+    def loss_seen(self, *, is_regularised: bool) -> None:
+        """Notes a call of the loss with gradients enabled, and whether samples were behind it."""
+        for one in list(_all):
+            if not set(self._heads).isdisjoint(one._heads):
+                one._idle.called(is_regularised=is_regularised)
+
     def backward_done(self) -> None:
         """Notes a backward pass, which counts as a step if no optimiser of torch is known."""
         if self._counting is None and self._fresh and not self._passed and not self._was_set:
@@ -117,14 +128,23 @@ class Steps:
         ids = _ids_in(optimizer)
         parameters = self._parameters()
         trained = _ids(p for p in parameters if p.requires_grad)
+        called = self._called
         if ids & _ids(parameters) or (not trained and ids & self._before()):
             self._counting = ref(optimizer)
-            self._called = False
+            self._called = self._stepped_without = False
+            self._was_held = True
             self._passes = 0
             self._count(optimizer)
             self._check_prior(ids)
-        elif self._called and trained and ids & self._projection():
-            self._check_held(trained)
+            self._idle.stepped()
+        elif called and trained and ids & self._projection():
+            if self._was_held and not self._stepped_without:
+                # Perhaps another stage: the call may be the rest of the one before.
+                self._stepped_without, self._called = True, False
+            else:
+                self._check_held(trained)
+        if called and len(self._students) > 1:
+            self._check_each(ids)
 
     def stop(self) -> None:
         """Ends the count, once the heads have been taken off the model."""
@@ -146,13 +166,22 @@ class Steps:
         found = self._find(trained)
         if found is not None:  # an optimiser that steps less often
             self._counting = found
-        elif not gc.get_freeze_count():  # the collector does not list frozen objects
-            raise RuntimeError(
-                "the optimiser moves the projection head but not the GaussianHead in it, and no "
-                "other optimiser holds that: build the optimiser after the loss was wrapped, so "
-                "that model.parameters() holds the new parameters, or freeze the GaussianHead with "
-                "requires_grad_(False)."
-            )
+        else:
+            _say_that_none_holds_it()
+
+    def _check_each(self, ids: set[int]) -> None:
+        """Looks at each projection head that this optimiser moves, for the head that hangs on it.
+
+        Which of the parameters are before which head is not known of heads put in by hand.
+        """
+        for student in self._students:
+            there = _ids(student.parameters())
+            for head in self._heads:
+                own = _ids(p for p in head.parameters() if p.requires_grad)
+                if own and own <= there and ids & (there - own) and head not in self._known:
+                    if not ids & own and self._find(own) is None:
+                        _say_that_none_holds_it()
+                    self._known.add(head)
 
     def _check_prior(self, ids: set[int]) -> None:
         if self._prior_checked:
@@ -199,6 +228,16 @@ class Steps:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._start(**state)
+
+
+def _say_that_none_holds_it() -> None:
+    if not gc.get_freeze_count():  # the collector does not list frozen objects
+        raise RuntimeError(
+            "the optimiser moves the projection head but not the GaussianHead in it, and no other "
+            "optimiser holds that: build the optimiser after the loss was wrapped, so that "
+            "model.parameters() holds the new parameters, or freeze the GaussianHead with "
+            "requires_grad_(False)."
+        )
 
 
 def _ids(tensors: Iterable[Tensor]) -> set[int]:

@@ -19,6 +19,7 @@ from climb_plugin._run.living import living
 from climb_plugin._run.missing import Wiring
 from climb_plugin._run.steps import Steps
 from climb_plugin._torch import (
+    averaged_in,
     is_batch_of_gradients,
     joins,
     plain,
@@ -53,7 +54,8 @@ class Watch:
         self.nesting = _Nesting(active=bool(heads))
         self.steps = Steps(heads, priors, students)
         self._wiring = Wiring(heads)
-        self._priors, self._prior, self._check_base = priors, prior, check_base
+        self._heads, self._priors = heads, priors
+        self._prior, self._check_base = prior, check_base
         self._knows_ranks = False
         self._finite = DeferredFlags()
         self._collapse = CollapseWatch()
@@ -63,9 +65,10 @@ class Watch:
     def found(self, value: Tensor, samples: Sequence[Sequence[Sample]], schedule: Schedule) -> None:
         """Checks a step, by the samples of each head behind the base loss, before the numbers."""
         self._wiring.check(value, samples)
+        self.steps.loss_seen(is_regularised=any(samples))
         if not self._knows_ranks and any(samples) and world_size() > 1:
             self._knows_ranks = True
-            _check_ranks(self._priors, self._prior, needs_rate=schedule.needs_rate)
+            _check_ranks(self._heads, self._priors, self._prior, needs_rate=schedule.needs_rate)
 
     def terms(
         self,
@@ -156,14 +159,27 @@ def _check_finite(
     )
 
 
-def _check_ranks(priors: nn.Module, name: str, *, needs_rate: bool) -> None:
-    """Finds learned priors whose gradients nothing averages, and ranks that may stop early."""
+def _check_ranks(
+    heads: Sequence[GaussianHead], priors: nn.Module, name: str, *, needs_rate: bool
+) -> None:
+    """Finds heads and priors whose gradients nothing averages, and ranks that may stop early."""
     learned = {id(parameter) for parameter in priors.parameters()}
-    if not needs_rate and not learned:
-        return
+    added = {id(p) for head in heads for p in head.parameters() if p.requires_grad}
     # Nothing but the garbage collector lists the modules that average gradients over the ranks.
     wrappers = living(lambda kind: any(base.__name__ in _AVERAGING for base in kind.__mro__))
-    if learned and not learned <= {id(p) for wrapper in wrappers for p in wrapper.parameters()}:
+    held: set[int] = set()
+    averaged: set[int] = set()
+    for wrapper in wrappers:
+        there = {id(p) for p in wrapper.parameters()}
+        held |= there
+        averaged |= averaged_in(wrapper, there)
+    if (added & held) - averaged:
+        raise RuntimeError(
+            "DistributedDataParallel was built before the loss was wrapped, so it does not average "
+            "the gradients of the GaussianHead, and each rank would train its own: wrap the loss "
+            "first, then the model."
+        )
+    if learned and not learned <= held:
         warn(
             f"prior={name!r} is learned, and no DistributedDataParallel or FSDP module holds this "
             "loss: each rank trains a prior of its own. Put model and loss into one module that "

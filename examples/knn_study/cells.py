@@ -3,98 +3,151 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import mean
 
 from knn_study.records import Record
-from knn_study.report import Row, described, gains, markdown, rows, spread, twin_of
-from knn_study.settings import Settings
-from knn_study.verdicts import untrained_of
+from knn_study.report import (
+    Row,
+    described,
+    failures,
+    gains,
+    markdown,
+    paragraph,
+    rows,
+    spread,
+)
+from knn_study.verdicts import untrained, untrained_of
 
 GRID = ("mismatched", "momentum", "teacher_temperature")
 """The settings that make a cell."""
 PINNED = 0.05
-"""Nats: a base loss this close to ln K is that of a uniform student."""
+"""Nats: a base loss this close to ln K is that of a student whose answer is uniform."""
+
+Place = tuple[float, ...]
+
+
+@dataclass
+class Cell:
+    """What became of the runs of a contender in a cell."""
+
+    place: Place
+    contender: str
+    accuracy: dict[int, float]  # by seed; that of the untrained network if the run diverged
+    collapsed: set[int] = field(default_factory=set)  # diverged, or not above the untrained network
+    uniform: set[int] = field(default_factory=set)  # base loss at ln K
+
+    @property
+    def has_collapsed(self) -> bool:
+        """With most of its seeds."""
+        return 2 * len(self.collapsed) > len(self.accuracy)
+
+    def __str__(self) -> str:
+        marks = (("collapsed", self.collapsed), ("uniform", self.uniform))
+        said = [f"{word} {len(seeds)} of {len(self.accuracy)}" for word, seeds in marks if seeds]
+        return ", ".join([spread(self.accuracy), *said])
 
 
 def cells(records: Sequence[Record], *, twins: Sequence[Record] | None = None) -> str:
-    """Markdown: a line for each cell and a column for each contender, then the best settings.
+    """Markdown: a line for each cell and a column for each contender, then the best cells.
 
-    A cell has collapsed if, in the mean over its seeds, the base loss is within 0.05 of ln K at the
-    end ("uniform"), or the student not above the untrained network ("nothing learned").
+    A run has collapsed if it diverged, or its student is not above the untrained network of its
+    seed; a cell, if most of its runs have. A base loss within 0.05 of ln K ("uniform") decides
+    nothing: a regulariser moves that loss by itself, and so do wrong pairs.
 
     Args:
         records: Runs of DINO that differ in wrong pairs, momentum, teacher temperature and
             regulariser alone.
         twins: Where to look for untrained networks; by default in ``records``.
+
+    Raises:
+        ValueError: If the runs differ in something else.
     """
-    known = rows(records if twins is None else twins)
-    idle = {untrained_of(r.settings): r for r in known if r.settings.regulariser == "untrained"}
-    found = [row for row in rows(records) if row.settings.regulariser != "untrained"]
-    contenders = list(dict.fromkeys(described(row.settings) for row in found))
-    places = sorted({_place(row.settings) for row in found})
-    by_cell = {(_place(row.settings), described(row.settings)): row for row in found}
-    ends = {cell: _end(row, idle.get(untrained_of(row.settings))) for cell, row in by_cell.items()}
+    idle = untrained(rows(records if twins is None else twins))
+    by_cell: dict[tuple[Place, str], Cell] = {}
+    for row in rows(records):
+        if row.settings.regulariser != "untrained":
+            cell = _cell(row, idle.get(untrained_of(row.settings), {}))
+            if by_cell.setdefault((cell.place, cell.contender), cell) is not cell:
+                raise ValueError(
+                    f"{cell.contender} is twice in the cell {', '.join(map(str, cell.place))} of "
+                    f"{', '.join(GRID)}: choose runs that differ in these and the regulariser alone"
+                )
+    places = sorted({place for place, _ in by_cell})
+    contenders = list(dict.fromkeys(contender for _, contender in by_cell))
     lines = [
         [
             *(f"{value:g}" for value in place),
-            *(_cell(by_cell, ends, (place, c)) for c in contenders),
+            *(str(by_cell.get((place, c), "")) for c in contenders),
         ]
         for place in places
     ]
-    # Cells that not all contenders have would favour those that lack them.
-    whole = [place for place in places if all((place, c) in by_cell for c in contenders)]
-    if whole:
-        means = {c: [mean(by_cell[p, c].validation.values()) for p in whole] for c in contenders}
-        over = f"{len(whole)} cells"
-        collapsed = (str(sum(bool(ends[p, c]) for p in whole)) for c in contenders)
-        lines += [
-            [f"mean of {over}", "", "", *(f"{mean(means[c]):.2f}" for c in contenders)],
-            [f"worst of {over}", "", "", *(f"{min(means[c]):.2f}" for c in contenders)],
-            [f"collapsed of {over}", "", "", *collapsed],
-        ]
+    lines += _summary(by_cell, places, contenders)
     head = ["wrong pairs", "momentum", "teacher temperature", *contenders]
-    return "\n".join([markdown(head, lines), "", _best(found, contenders)])
+    best = _best(list(by_cell.values()), contenders)
+    return "\n".join([markdown(head, lines), "", best, *paragraph(failures(records))])
 
 
-def _place(settings: Settings) -> tuple[float, ...]:
-    return tuple(getattr(settings, name) for name in GRID)
+def _cell(row: Row, idle: Mapping[int, float]) -> Cell:
+    place = tuple(getattr(row.settings, name) for name in GRID)
+    diverged = {seed: idle[seed] for seed in row.failed if seed in idle}
+    cell = Cell(place, described(row.settings), {**row.validation, **diverged})
+    at_most = {seed for seed, value in row.validation.items() if value <= idle.get(seed, -math.inf)}
+    cell.collapsed = at_most | diverged.keys()
+    log_k = math.log(row.settings.prototypes)
+    cell.uniform = {seed for seed, loss in row.base_loss.items() if abs(loss - log_k) <= PINNED}
+    return cell
 
 
-def _end(row: Row, untrained: Row | None) -> str:
-    """How the trainings of a row collapsed; "" if not."""
-    if row.base_loss and math.log(row.settings.prototypes) - PINNED < mean(row.base_loss.values()):
-        return "uniform"
-    over = gains(row.validation, untrained.validation if untrained else None)
-    return "nothing learned" if over and mean(over) <= 0 else ""
+def _summary(
+    by_cell: Mapping[tuple[Place, str], Cell], places: Sequence[Place], contenders: Sequence[str]
+) -> list[list[str]]:
+    """Of the cells that all contenders have with all seeds: others would favour who lacks them."""
+    seeds = {seed for cell in by_cell.values() for seed in cell.accuracy}
+    whole = [
+        place
+        for place in places
+        if all(
+            (place, c) in by_cell and by_cell[place, c].accuracy.keys() == seeds for c in contenders
+        )
+    ]
+    if not whole:
+        return []
+    columns = [[by_cell[place, contender] for place in whole] for contender in contenders]
+    means = [[mean(cell.accuracy.values()) for cell in column] for column in columns]
+    over = f"{len(whole)} cells"
+    return [
+        [f"mean of {over}", "", "", *(f"{mean(values):.2f}" for values in means)],
+        [f"worst of {over}", "", "", *(f"{min(values):.2f}" for values in means)],
+        [
+            f"collapsed of {over}",
+            "",
+            "",
+            *(str(sum(cell.has_collapsed for cell in column)) for column in columns),
+        ],
+    ]
 
 
-def _cell(
-    by_cell: dict[tuple[tuple[float, ...], str], Row],
-    ends: dict[tuple[tuple[float, ...], str], str],
-    cell: tuple[tuple[float, ...], str],
-) -> str:
-    if cell not in by_cell:
-        return ""
-    return ", ".join(filter(None, [spread(by_cell[cell].validation), ends[cell]]))
-
-
-def _best(found: Sequence[Row], contenders: Sequence[str]) -> str:
-    """For each share of wrong pairs, the best cell of each contender."""
+def _best(found: Sequence[Cell], contenders: Sequence[str]) -> str:
+    """For each share of wrong pairs, each contender's best cell that has not collapsed."""
     lines = []
-    for wrong in sorted({row.settings.mismatched for row in found}):
-        there = [row for row in found if row.settings.mismatched == wrong]
-        plain = _highest([row for row in there if row.settings == twin_of(row.settings)])
-        for name in contenders:
-            best = _highest([row for row in there if described(row.settings) == name])
-            if best is not None:
-                paired = gains(best.validation, plain.validation if plain else None)
-                over = f"{mean(paired):+.2f}" if paired and best is not plain else ""
-                values = (f"{value:g}" for value in _place(best.settings)[1:])
-                lines.append([f"{wrong:g}", name, *values, spread(best.validation), over])
+    for wrong in sorted({cell.place[0] for cell in found}):
+        best: dict[str, Cell] = {}
+        for cell in found:
+            if cell.place[0] == wrong and not cell.has_collapsed:
+                rival = best.get(cell.contender)
+                if rival is None or _mean(cell) > _mean(rival):
+                    best[cell.contender] = cell
+        plain = best.get("plain")
+        for cell in (best[name] for name in contenders if name in best):
+            paired = gains(cell.accuracy, plain.accuracy if plain else None)
+            over = f"{mean(paired):+.2f}" if paired and cell is not plain else ""
+            values = (f"{value:g}" for value in cell.place[1:])
+            lines.append([f"{wrong:g}", cell.contender, *values, spread(cell.accuracy), over])
     head = ["wrong pairs", "regulariser", "best momentum", "teacher temperature", "validation"]
     return markdown([*head, "over DINO's best"], lines)
 
 
-def _highest(candidates: Sequence[Row]) -> Row | None:
-    return max(candidates, key=lambda row: mean(row.validation.values()), default=None)
+def _mean(cell: Cell) -> float:
+    return mean(cell.accuracy.values())

@@ -1,12 +1,19 @@
-"""Keeps JSON lines that are whole at every moment, and names the commit that made them."""
+"""Keeps JSON lines that are whole at every moment, and names the commit and code that made them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import climb_plugin
+
+_OF_THE_NUMBERS = ("data", "measures", "methods", "pairs", "regularisers", "settings", "training")
+"""The modules of the study that a run's numbers depend on."""
 
 
 def append(record: dict[str, Any], path: Path) -> None:
@@ -34,3 +41,15 @@ def revision(checkout: Path) -> str:
     except OSError:  # no git
         return ""
     return done.stdout.strip()
+
+
+@lru_cache(maxsize=1)
+def code() -> str:
+    """Tells versions of what makes the numbers from one another, also outside a checkout."""
+    here, plugin = Path(__file__).parent, Path(climb_plugin.__file__).parent
+    paths = [here / f"{name}.py" for name in _OF_THE_NUMBERS]
+    digest = hashlib.sha256()
+    for path in [*paths, *sorted(plugin.rglob("*.py"))]:
+        folder = here if here in path.parents else plugin
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 from dataclasses import asdict, fields
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import climb_plugin
 from knn_study.lines import revision
 from knn_study.settings import Settings
 from knn_study.training import Measured
@@ -39,7 +36,6 @@ def make_record(
             **{name: version(name) for name in ("climb-plugin", "torch", "lightly", "kornia")},
         },
         "revision": revision(Path(__file__).parent),
-        "code": _code(),
     }
 
 
@@ -70,13 +66,3 @@ def settings_of(record: Record) -> Settings:
 
 def _processor() -> str:
     return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads a run"
-
-
-@lru_cache(maxsize=1)
-def _code() -> str:
-    """Tells one version of the study and of climb_plugin from another, also outside a checkout."""
-    digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(climb_plugin.__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:12]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import mean, median, stdev
 from typing import Any
@@ -24,12 +25,18 @@ class Row:
     test: dict[int, float] = field(default_factory=dict)
     rate: dict[int, float] = field(default_factory=dict)
     base_loss: dict[int, float] = field(default_factory=dict)
-    made: dict[int, tuple[str, str]] = field(default_factory=dict)  # fingerprints: data, code
+    made: dict[int, tuple[str, ...]] = field(default_factory=dict)  # by data, code, torch
+    failed: set[int] = field(default_factory=set)  # seeds
 
 
 def twin_of(settings: Settings) -> Settings:
     """The same without a regulariser."""
     return replace(settings, **_PLAIN)
+
+
+def unlike(row: Row, twin: Row) -> int:
+    """The seeds whose two runs were made by other code or images."""
+    return sum(made != twin.made.get(seed, made) for seed, made in row.made.items())
 
 
 def rows(records: Sequence[Record], *, who: str = "student") -> list[Row]:
@@ -38,22 +45,34 @@ def rows(records: Sequence[Record], *, who: str = "student") -> list[Row]:
     Args:
         records: As :func:`records.read` gives them.
         who: Whose features: "student", or "teacher" for the methods that have one.
+
+    Raises:
+        ValueError: If a run is there twice.
     """
     found: dict[Settings, Row] = {}
     for record in records:
-        if who not in record["test"] or record.get("error"):
+        if who not in record["test"] and not record.get("error"):
             continue
         settings = settings_of(record)
-        key = replace(settings, seed=0)
+        key, seed = replace(settings, seed=0), settings.seed
         row = found.setdefault(key, Row(key))
-        row.validation[settings.seed] = record["validation"][who][-1]
-        row.best[settings.seed] = max(record["validation"][who])
-        row.test[settings.seed] = record["test"][who]
-        row.made[settings.seed] = record.get("data", ""), record.get("code", "")
+        if seed in row.validation or seed in row.failed:
+            raise ValueError(f"there are two lines of {record['name']}: remove one of them")
+        if record.get("error"):
+            row.failed.add(seed)
+            continue
+        row.validation[seed] = record["validation"][who][-1]
+        row.best[seed] = max(record["validation"][who])
+        row.test[seed] = record["test"][who]
+        row.made[seed] = (
+            record.get("data", ""),
+            record.get("code", ""),
+            record["versions"].get("torch", ""),
+        )
         if losses := record.get("base_loss"):
-            row.base_loss[settings.seed] = losses[-1]
+            row.base_loss[seed] = losses[-1]
         if record["rate"]:
-            row.rate[settings.seed] = record["rate"][-1]
+            row.rate[seed] = record["rate"][-1]
     return sorted(found.values(), key=_order)
 
 
@@ -107,30 +126,29 @@ def _table(
     if not found:
         return f"No runs with a {who}."
     by_settings = _by_settings(records if twins is None else twins, who)
-    common, varying = _common([row.settings for row in found])
+    common, varying = in_common([row.settings for row in found])
     heads = {"validation": ["validation", "gain"], "best": ["best epoch"], "test": ["test", "gain"]}
     shown = [word for name in measures for word in heads[name]]
-    head = [*map(_named, varying), "regulariser", "seeds", *shown, "base loss", "rate (nats)"]
-    lines, unlike = [], 0
+    head = [*map(named, varying), "regulariser", "seeds", *shown, "base loss", "rate (nats)"]
+    lines, others = [], 0
     for row in found:
         plain = twin_of(row.settings)
         twin = by_settings.get(plain) if row.settings != plain else None
         if twin:
-            unlike += sum(made != twin.made.get(seed, made) for seed, made in row.made.items())
+            others += unlike(row, twin)
         cells = []
         for name in measures:
             cells.append(spread(getattr(row, name)))
             if name != "best":
                 cells.append(_gain(getattr(row, name), getattr(twin, name) if twin else None))
-        settings = [_text(getattr(row.settings, name)) for name in varying]
         seeds, ends = str(len(row.test)), [spread(row.base_loss), spread(row.rate)]
-        lines.append([*settings, described(row.settings), seeds, *cells, *ends])
+        lines.append([*texts(row.settings, varying), described(row.settings), seeds, *cells, *ends])
     seconds = median(record["seconds"] for record in records)
-    below = ", ".join(f"{_named(name)} {_text(value)}" for name, value in common.items())
+    below = ", ".join(f"{named(name)} {_text(value)}" for name, value in common.items())
     of_all = [
         f"k-NN accuracy of the {who} in per cent, mean ± standard deviation over seeds; {below}.",
-        *_failures(records),
-        *([f"Runs with a twin of other code or images: {unlike}."] if unlike else []),
+        *failures(records),
+        *([f"Runs with a twin of other code or images: {others}."] if others else []),
         f"{len(records)} runs, median {seconds:.0f} s; {_listed(records)}.",
     ]
     return "\n".join([markdown(head, lines), "", *of_all])
@@ -147,26 +165,38 @@ def details(records: Sequence[Record]) -> str:
     That is of the student's features, and of the pairs of the training.
     """
     found: dict[Settings, dict[str, list[float]]] = {}
+    seeds: Counter[Settings] = Counter()
     for record in sorted(records, key=lambda record: _order(Row(settings_of(record)))):
         if not record.get("error"):
-            measured = found.setdefault(replace(settings_of(record), seed=0), {})
+            key = replace(settings_of(record), seed=0)
+            seeds[key] += 1
+            measured = found.setdefault(key, {})
             last = {name: values[-1] for name, values in record.get("pairs", {}).items()}
             for name, value in {**record.get("robustness", {}), **last}.items():
                 measured.setdefault(name, []).append(value)
     names = list(dict.fromkeys(name for measured in found.values() for name in measured))
-    _, varying = _common(list(found))
+    _, varying = in_common(list(found))
     lines = [
         [
-            *(_text(getattr(settings, name)) for name in varying),
+            *texts(settings, varying),
             described(settings),
+            str(seeds[settings]),
             *(f"{mean(measured[name]):.2f}" if name in measured else "" for name in names),
         ]
         for settings, measured in found.items()
     ]
-    return markdown([*map(_named, varying), "regulariser", *names], lines)
+    head = [*map(named, varying), "regulariser", "seeds", *names]
+    return "\n".join([markdown(head, lines), *paragraph(failures(records))])
 
 
-def _failures(records: Sequence[Record]) -> Iterator[str]:
+def paragraph(sentences: Iterable[str]) -> list[str]:
+    """The lines of a paragraph below a table; none without a sentence."""
+    found = list(sentences)
+    return ["", *found] if found else []
+
+
+def failures(records: Sequence[Record]) -> Iterator[str]:
+    """A sentence for each run that did not end well."""
     for record in records:
         if record.get("error"):
             settings = settings_of(record)
@@ -182,15 +212,20 @@ def described(settings: Settings) -> str:
     for name in REGULARISATION[1:]:
         value = getattr(settings, name)
         if value != _PLAIN[name]:
-            words.append("fixed std" if name == "fixed_std" else f"{_named(name)} {_text(value)}")
+            words.append("fixed std" if name == "fixed_std" else f"{named(name)} {_text(value)}")
     return ", ".join(words)
 
 
-def _named(name: str) -> str:
+def texts(settings: Settings, names: Sequence[str]) -> list[str]:
+    """The values of some settings."""
+    return [_text(getattr(settings, name)) for name in names]
+
+
+def named(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _common(found: Sequence[Settings]) -> tuple[dict[str, Any], list[str]]:
+def in_common(found: Sequence[Settings]) -> tuple[dict[str, Any], list[str]]:
     """The settings of the training that all share, and the names of the others."""
     names = [e.name for e in fields(Settings) if e.name not in (*REGULARISATION, "seed", "every")]
     values = {name: {getattr(settings, name) for settings in found} for name in names}

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from climb_plugin import ClimbLoss
 from knn_study.data import Labelled, Parts, RandomViews, normalised
+from knn_study.lines import code
 from knn_study.measures import accuracy, robustness
 from knn_study.methods import METHODS, Learner
 from knn_study.pairs import Pairs
@@ -45,6 +46,7 @@ class Measured:
     robustness: dict[str, float] = field(default_factory=dict)  # of the student, validation
     seconds: float = 0.0
     images_per_second: float = 0.0  # of training, each counted once whatever its views
+    code: str = field(default_factory=code)  # several, joined by +, if it changed between epochs
 
 
 def train(
@@ -285,6 +287,8 @@ class _Run:
         for name, buffer in self.criterion.named_buffers():
             buffer.copy_(state["buffers"][name])
         self.measured = Measured(**state["measured"])
+        if code() not in self.measured.code.split("+"):
+            self.measured.code += f"+{code()}"
         done: int = state["epochs"]
         return done
 

@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from scipy import stats
 
 from knn_study.records import Record
-from knn_study.report import Row, described, gains, markdown, rows, twin_of
+from knn_study.report import (
+    Row,
+    described,
+    failures,
+    gains,
+    in_common,
+    markdown,
+    named,
+    paragraph,
+    rows,
+    texts,
+    twin_of,
+    unlike,
+)
 from knn_study.settings import Settings
 
-SEEDS, LEVEL = 8, 0.95
-CHOOSING = frozenset({0, 1, 2})
-"""Seeds that choose a setting, and so cannot confirm it."""
-OF_TRAINING = (
-    "epochs",
-    "optimizer",
-    "lr",
-    "weight_decay",
-    "momentum",
-    "temperature",
-    "teacher_temperature",
-    "mismatched",
-    "every",
-)
+LEVEL = 0.95
+CONFIRMING = frozenset(range(3, 11))
+"""Seeds that confirm; others may have chosen the setting, or have been added to a result."""
+REMEDIES = ("epochs", "lr", "momentum", "teacher_temperature")
+"""Settings in which a plain rival may differ: what else one could do to the same data."""
+OF_TRAINING = (*REMEDIES, "optimizer", "weight_decay", "temperature", "mismatched", "every")
 """Settings that an untrained network does not depend on."""
 
 
 def verdicts(
     records: Sequence[Record], *, who: str = "student", twins: Sequence[Record] | None = None
 ) -> str:
-    """Markdown: a line for each setting that has a plain twin, tested as one family.
+    """Markdown: a line for each setting with a regulariser; those of a table are one family.
 
-    Seeds 0 to 2, which choose, are left out. A gain needs all of: at least 8 other seeds; a paired
-    mean over plain above 0 with p < 0.05 after Holm's correction;
-    a mean above the untrained network's, and above the plain run's at its best epoch (by validation
-    k-NN, seed by seed). A loss is the same with a mean below 0, without the last two. The best
-    rival is the line without CLIMB with the highest mean, of any training: what else one could do.
-    A gain over that with p < 0.05, too, is one of the rate. The intervals are of single lines, at
-    95 %; each p is Holm's, over all p of the table.
+    Seeds 3 to 10 alone count. A gain is all of: a paired mean over plain above 0, with p < 0.05 by
+    the two-sided t-test after Holm's correction over the lines of the table; means above the plain
+    run's best epoch (by validation k-NN, seed by seed) and above the untrained network; a mean over
+    plain above 0 on the test images, too. A loss is a mean below 0 with p < 0.05. A line that is
+    not finished counts in Holm's correction as p = 1, which no later result makes worse.
+
+    The best rival of CLIMB is the line without CLIMB with the highest mean, of the same images and
+    pairs, but for CLIMB's own plain twin: another regulariser, or plain with other ``REMEDIES``. A
+    gain of the rate is a gain whose paired mean over that rival is above 0 with p < 0.05, by
+    Holm's correction over the table's lines of CLIMB. The intervals are those of single lines.
 
     Args:
         records: Of the settings to decide on.
@@ -48,70 +56,124 @@ def verdicts(
         twins: Where to look for plain twins and untrained networks; by default in ``records``.
     """
     known = [_confirming(row) for row in rows(records if twins is None else twins, who=who)]
-    plain_runs = {row.settings: row for row in known}
-    idle = {untrained_of(r.settings): r for r in known if r.settings.regulariser == "untrained"}
     shown = [_confirming(row) for row in rows(records, who=who)]
-    rivals = [r for r in shown if r.settings.regulariser not in ("climb", "untrained")]
-    tested: list[tuple[Row, Row, Row | None]] = []
-    for row in shown:
-        plain = plain_runs.get(twin_of(row.settings))
-        if plain and row.settings.regulariser not in ("plain", "untrained"):
-            tested.append((row, plain, idle.get(untrained_of(row.settings))))
-    over_plain = [gains(row.validation, plain.validation) for row, plain, _ in tested]
-    best = [_best_rival(row, rivals) or plain for row, plain, _ in tested]
-    over_rival = [
-        gains(row.validation, rival.validation)
-        for (row, _, _), rival in zip(tested, best, strict=True)
+    plain_runs = {_any_looks(r.settings): r for r in known if r.settings.regulariser == "plain"}
+    idle = untrained(known)
+    tested = [
+        _Tested(
+            row,
+            plain_runs.get(_any_looks(twin_of(row.settings)), Row(row.settings)),
+            idle.get(untrained_of(row.settings), {}),
+            _rivals(row, shown),
+        )
+        for row in shown
+        if row.settings.regulariser not in ("plain", "untrained") and (row.validation or row.failed)
     ]
-    # The plain run as the best rival is no second test.
-    second = [
-        None if rival.settings == plain.settings else p_value(values)
-        for (_, plain, _), rival, values in zip(tested, best, over_rival, strict=True)
-    ]
-    adjusted = holm([*map(p_value, over_plain), *second])
+    of_climb = [one for one in tested if one.row.settings.regulariser == "climb"]
+    p_plain = holm([p_value(one.over_plain) for one in tested])
+    p_rival = dict(
+        zip(map(id, of_climb), holm([p_value(one.over_rival) for one in of_climb]), strict=True)
+    )
+    _, varying = in_common([one.row.settings for one in tested])
     lines = []
-    for number, (row, plain, untrained) in enumerate(tested):
-        p, p_rival = adjusted[number], adjusted[number + len(tested)]
-        values, rival = over_plain[number], over_rival[number]
-        over_best = gains(row.validation, plain.best)
-        over_untrained = gains(row.validation, untrained.validation if untrained else None)
-        verdict = _verdict(values, p, over_best, over_untrained)
-        if verdict == "gain" and p_rival is not None:
-            is_above = p_rival < 1 - LEVEL and mean(rival) > 0
-            verdict = "gain, over the best rival too" if is_above else "gain, not over the rival"
+    for one, p in zip(tested, p_plain, strict=True):
+        over = (one.over_best, one.over_untrained, one.over_test)
+        against, verdict = ["", ""], one.verdict(p)
+        if one in of_climb:
+            against = [one.against(), _p(p_rival[id(one)])]
+            verdict += one.of_the_rate(p_rival[id(one)]) if verdict == "gain" else ""
         lines.append(
             [
-                described(row.settings),
-                str(len(values)),
-                with_interval(values),
+                *texts(one.row.settings, varying),
+                described(one.row.settings),
+                str(len(one.over_plain)),
+                with_interval(one.over_plain),
                 _p(p),
-                with_interval(over_best),
-                with_interval(over_untrained),
-                f"{with_interval(rival)}: {_rival(best[number])}",
-                _p(p_rival),
+                *map(with_interval, over),
+                *against,
                 verdict,
             ]
         )
-    head = ["regulariser", "seeds", "over plain", "p", "over plain's best epoch"]
-    return markdown([*head, "over untrained", "over the best rival", "p", "verdict"], lines)
+    head = [*map(named, varying), "regulariser", "seeds", "over plain", "p (Holm)"]
+    head += ["over plain's best epoch", "over untrained", "over plain, test"]
+    head += ["over the best rival", "p over the rival (Holm)", "verdict"]
+    return "\n".join([markdown(head, lines), *paragraph(failures(records))])
 
 
-def _best_rival(row: Row, rivals: Sequence[Row]) -> Row | None:
-    others = [one for one in rivals if one.settings != row.settings and one.validation]
-    return max(others, key=lambda one: mean(one.validation.values()), default=None)
+@dataclass(eq=False)
+class _Tested:
+    """A line of the table: a setting, and what it is compared with."""
+
+    row: Row
+    plain: Row
+    untrained: dict[int, float]
+    rivals: list[Row]
+
+    def __post_init__(self) -> None:
+        row, plain = self.row, self.plain
+        finished = [one for one in self.rivals if len(one.validation) == len(CONFIRMING)]
+        self.rival = max(finished, key=lambda one: mean(one.validation.values()), default=None)
+        self.over_plain = gains(row.validation, plain.validation)
+        self.over_best = gains(row.validation, plain.best)
+        self.over_test = gains(row.test, plain.test)
+        self.over_untrained = gains(row.validation, self.untrained)
+        self.over_rival = gains(row.validation, self.rival.validation if self.rival else None)
+
+    def verdict(self, p: float | None) -> str:
+        """By the p over plain."""
+        if self.row.failed:
+            return f"none: seed {min(self.row.failed)} diverged"
+        if self.plain.failed:
+            return f"open: plain diverged with seed {min(self.plain.failed)}"
+        if not self.plain.validation:
+            return "open: no plain twin"
+        if p is None:
+            return f"open: fewer than {len(CONFIRMING)} seeds"
+        if unlike(self.row, self.plain):
+            return "open: plain has other code or images"
+        if p >= 1 - LEVEL:
+            return "none"
+        if mean(self.over_plain) < 0:
+            return "loss"
+        if len(self.over_untrained) < len(CONFIRMING):
+            return f"open: fewer than {len(CONFIRMING)} untrained networks"
+        if mean(self.over_untrained) <= 0:
+            return "none: not over the untrained network"
+        if mean(self.over_best) <= 0:
+            return "none: not over plain's best epoch"
+        return "gain" if mean(self.over_test) > 0 else "none: not on the test images"
+
+    def of_the_rate(self, p: float | None) -> str:
+        """What a gain of CLIMB is over the best rival, by the p over it."""
+        if any(len(one.validation) < len(CONFIRMING) and not one.failed for one in self.rivals):
+            return ", rivals open"
+        if self.rival is None or p is None:
+            return ", no rival"
+        if unlike(self.row, self.rival):
+            return ", the rival has other code or images"
+        is_above = p < 1 - LEVEL and mean(self.over_rival) > 0
+        return " of the rate" if is_above else ", not over the rival"
+
+    def against(self) -> str:
+        """The difference to the best rival, with the settings of what is the best remedy."""
+        if self.rival is None:
+            return ""
+        own, usual = self.rival.settings, self.row.settings
+        differ = [name for name in REMEDIES if getattr(own, name) != getattr(usual, name)]
+        values = zip(map(named, differ), texts(own, differ), strict=True)
+        words = [described(own), *(f"{name} {value}" for name, value in values)]
+        return f"{with_interval(self.over_rival)}: {', '.join(words)}"
 
 
-def _p(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _confirming(row: Row) -> Row:
-    """The row without the seeds that choose."""
-    kept = {
-        name: {seed: value for seed, value in getattr(row, name).items() if seed not in CHOOSING}
-        for name in ("validation", "best", "test", "rate", "base_loss", "made")
-    }
-    return replace(row, **kept)
+def untrained(known: Sequence[Row]) -> dict[Settings, dict[int, float]]:
+    """The accuracy of untrained networks by seed, for each ``untrained_of``."""
+    found: dict[Settings, dict[int, float]] = {}
+    for row in known:
+        if row.settings.regulariser == "untrained":
+            by_seed = found.setdefault(untrained_of(row.settings), {})
+            # Views that show other pairs change its batch statistics a little: the first counts.
+            by_seed.update({s: v for s, v in row.validation.items() if s not in by_seed})
+    return found
 
 
 def untrained_of(settings: Settings) -> Settings:
@@ -120,52 +182,62 @@ def untrained_of(settings: Settings) -> Settings:
     return replace(plain, **{name: getattr(Settings(), name) for name in OF_TRAINING})
 
 
-def _rival(rival: Row) -> str:
-    """In words, with the settings by which one plain run may be better than another."""
-    own, usual = rival.settings, Settings()
-    said = [
-        f"{name.replace('_', ' ')} {getattr(own, name):g}"
-        for name in ("lr", "momentum", "teacher_temperature", "epochs")
-        if getattr(own, name) != getattr(usual, name)
+def _any_looks(settings: Settings) -> Settings:
+    """The settings without how often the accuracy is looked at, which changes no training."""
+    return replace(settings, every=Settings().every)
+
+
+def _confirming(row: Row) -> Row:
+    """The row of the confirming seeds alone."""
+    kept = {
+        name: {seed: value for seed, value in getattr(row, name).items() if seed in CONFIRMING}
+        for name in ("validation", "best", "test", "rate", "base_loss", "made")
+    }
+    return replace(row, **kept, failed=row.failed & CONFIRMING)
+
+
+def _rivals(row: Row, shown: Sequence[Row]) -> list[Row]:
+    own = _any_looks(twin_of(row.settings))
+    return [
+        one
+        for one in shown
+        if one.settings.regulariser not in ("climb", "untrained")
+        and (one.validation or one.failed)
+        and _any_looks(one.settings) != own
+        and _of_the_same(one.settings) == _of_the_same(row.settings)
     ]
-    return ", ".join([described(own), *said])
 
 
-def _verdict(
-    values: Sequence[float],
-    p: float | None,
-    over_best: Sequence[float],
-    over_untrained: Sequence[float],
-) -> str:
-    if p is None:
-        return f"open: fewer than {SEEDS} seeds"
-    if p >= 1 - LEVEL:
-        return "none"
-    if mean(values) < 0:
-        return "loss"
-    if not over_untrained:
-        return "open: no untrained network"
-    return "gain" if mean(over_best) > 0 and mean(over_untrained) > 0 else "none"
+def _of_the_same(settings: Settings) -> Settings:
+    """The settings but for regularisers and remedies."""
+    plain = _any_looks(twin_of(settings))
+    return replace(plain, **{name: getattr(Settings(), name) for name in REMEDIES})
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def p_value(values: Sequence[float]) -> float | None:
     """Of the two-sided paired t-test; None for fewer than 8 differences, 1 if all are 0."""
-    if len(values) < SEEDS:
+    if len(values) < len(CONFIRMING):
         return None
     return float(stats.ttest_1samp(values, 0.0).pvalue) if any(values) else 1.0
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjusted for their number (Holm, 1979), in their order; None stays and does not count.
+    """Adjusted for their number (Holm, 1979), in their order; None stays, and counts as 1.
 
-    >>> holm([0.01, 0.04, None, 0.03])
-    [0.03, 0.06, None, 0.06]
+    >>> holm([0.01, 0.03, None])
+    [0.03, 0.06, None]
     """
     order = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
     for rank, (p, i) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p))
         adjusted[i] = largest
     return adjusted
 

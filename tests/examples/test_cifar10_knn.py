@@ -812,6 +812,12 @@ class TestReport:
         for name in ("code", "data"):
             assert said in table([plain, {**climb, name: "other"}])
 
+    def test_a_run_that_is_there_twice_is_refused(self) -> None:
+        from knn_study.report import table
+
+        with pytest.raises(ValueError, match=r"two lines of simclr-plain-.*: remove one"):
+            table([line(50), line(51)])
+
     def test_nothing_is_measured(self) -> None:
         from knn_study.report import table
 
@@ -856,65 +862,125 @@ class TestReport:
 class TestVerdicts:
     SPREAD = (-0.3, 0.1, 0.2, -0.1, 0.3, 0.0, -0.2, 0.1)
 
-    def verdict(self, gain: float, *, best: float = 0.0, seeds: int = 8, untrained: float = 20.0):
+    def runs(self, accuracy: float, sign: int = 1, **values: Any) -> list[dict[str, Any]]:
+        """A record for each of the seeds 3 to 10, with one spread over them."""
+        return [
+            line(accuracy + sign * noise, accuracy + sign * noise, seed=seed, **values)
+            for seed, noise in enumerate(self.SPREAD, 3)
+        ]
+
+    def known(
+        self, gain: float, *, best: float = 0.0, untrained: float = 20.0, test: float = 0.0
+    ) -> list[dict[str, Any]]:
+        plain = self.runs(50.0, 0)
+        for one in plain:
+            one["validation"] = {"student": [50.0 + best, 50.0]}
+        climb = self.runs(50.0 + gain, **CLIMB)
+        for one in climb:
+            one["test"]["student"] += test
+        return [*plain, *self.runs(untrained, 0, regulariser="untrained"), *climb]
+
+    def rows(self, known: list[dict[str, Any]], name: str = "climb") -> list[list[str]]:
         from knn_study.verdicts import verdicts
 
-        known = []
-        for seed, noise in enumerate(self.SPREAD[:seeds], 3):
-            plain = line(50.0, seed=seed)
-            plain["validation"] = {"student": [50.0 + best, 50.0]}
-            known += [plain, line(untrained, seed=seed, regulariser="untrained")]
-            known.append(line(50 + gain + noise, seed=seed, **CLIMB))
-        (row,) = [line for line in verdicts(known).splitlines() if "climb" in line]
-        return row.strip("| ").split(" | ")
+        rows = [row.strip("| ").split(" | ") for row in verdicts(known).splitlines()]
+        return [row for row in rows if any(cell.startswith(name) for cell in row)]
+
+    def verdict(self, known: list[dict[str, Any]], name: str = "climb") -> str:
+        (row,) = self.rows(known, name)
+        return row[-1].strip(" |")
 
     @pytest.mark.parametrize(
         ("values", "said"),
         [
-            ({"gain": 1.0}, "gain"),
+            ({"gain": 1.0}, "gain, no rival"),
             ({"gain": -1.0}, "loss"),
             ({"gain": 0.05}, "none"),
-            ({"gain": 1.0, "seeds": 7}, "open: fewer than 8 seeds"),
-            ({"gain": 1.0, "best": 1.5}, "none"),  # early stopping does as well
-            ({"gain": 1.0, "untrained": 52.0}, "none"),
+            ({"gain": 1.0, "best": 1.5}, "none: not over plain's best epoch"),
+            ({"gain": 1.0, "untrained": 52.0}, "none: not over the untrained network"),
+            ({"gain": 1.0, "test": -2.0}, "none: not on the test images"),
         ],
     )
-    def test_a_gain_is_one_over_all_three(self, values: dict[str, Any], said: str) -> None:
-        assert self.verdict(**values)[-1] == said
+    def test_a_gain_is_one_over_all(self, values: dict[str, Any], said: str) -> None:
+        assert self.verdict(self.known(**values)) == said
+
+    def test_what_is_not_finished_has_no_verdict(self) -> None:
+        known = self.known(1.0)
+        assert self.verdict(known[:-1]) == "open: fewer than 8 seeds"
+        assert self.verdict(known[8:]) == "open: no plain twin"
+        assert self.verdict(known[:8] + known[9:]) == "open: fewer than 8 untrained networks"
+        other = {**known[-1], "code": "other"}
+        assert self.verdict([*known[:-1], other]) == "open: plain has other code or images"
+
+    def test_runs_that_diverged(self) -> None:
+        known = self.known(1.0)
+        failed = {"error": "the loss is nan", "test": {}, "validation": {}, "rate": []}
+        assert self.verdict([*known[:-1], {**known[-1], **failed}]) == "none: seed 10 diverged"
+        diverged = [{**known[0], **failed}, *known[1:]]
+        assert self.verdict(diverged) == "open: plain diverged with seed 3"
+
+    def test_seeds_that_choose_or_are_added_do_not_count(self) -> None:
+        more = [line(90.0 * c, seed=s, **(CLIMB if c else {})) for s in (2, 11) for c in (0, 1)]
+        assert self.rows(self.known(1.0)) == self.rows(self.known(1.0) + more)
+
+    def test_a_plain_twin_may_be_looked_at_more_often(self) -> None:
+        known = self.known(1.0)
+        for one in known[-8:]:
+            one["settings"]["every"] = 2
+        assert self.verdict(known) == "gain, no rival"
 
     @pytest.mark.parametrize(
         ("noise", "said"),
-        [(50.2, "gain, over the best rival too"), (53.0, "gain, not over the rival")],
+        [
+            (50.2, "gain of the rate"),
+            (49.0, "gain of the rate"),  # though plain is above it
+            (53.0, "gain, not over the rival"),
+        ],
     )
     def test_a_gain_of_the_rate_is_one_over_the_best_rival(self, noise: float, said: str) -> None:
         """The rival here is the noise alone."""
-        from knn_study.verdicts import verdicts
+        known = self.known(2.0) + self.runs(noise, -1, regulariser="noise")
+        assert self.verdict(known) == said
+        (row,) = self.rows(known)
+        assert row[-3].endswith(": noise")
+        (row,) = self.rows(known, "noise")
+        assert row[-3:-1] == ["", ""]  # no second test of a control
 
-        known = []
-        for seed, spread in enumerate(self.SPREAD, 3):
-            known += [line(50.0, seed=seed), line(20.0, seed=seed, regulariser="untrained")]
-            known.append(line(52 + spread, seed=seed, **CLIMB))
-            known.append(line(noise - spread, seed=seed, regulariser="noise"))
-        (row,) = [line for line in verdicts(known).splitlines() if line.startswith("| climb")]
-        assert row.strip("| ").split(" | ")[-1] == said
-        assert ": noise" in row
+    def test_a_rival_has_to_be_finished(self) -> None:
+        known = self.known(2.0) + self.runs(50.2, -1, regulariser="noise")[:3]
+        assert self.verdict(known) == "gain, rivals open"
+
+    def test_a_rival_has_the_same_pairs(self) -> None:
+        """DINO with another temperature is a rival; DINO with more right pairs is none."""
+        known = self.known(2.0)
+        easier = self.runs(60.0, mismatched=0.2, teacher_temperature=0.07)
+        assert self.verdict(known + easier) == "gain, no rival"
+        remedy = self.runs(52.5, -1, teacher_temperature=0.07)
+        assert self.verdict(known + remedy) == "gain, not over the rival"
+        (row,) = self.rows(known + remedy)
+        assert row[-3].endswith(": plain, teacher temperature 0.07")
+
+    def test_holm_looks_at_the_lines_over_plain(self) -> None:
+        """A p of 0.03 is below 0.05 alone, and not beside another line, finished or not."""
+        from knn_study.verdicts import holm, p_value
+
+        values = [x + 0.17 for x in self.SPREAD]
+        assert p_value(values) < 0.05
+        assert holm([p_value(values), 0.9])[0] == pytest.approx(2 * p_value(values))
+        known = self.known(0.17)
+        assert self.verdict(known) == "gain, no rival"
+        noise = self.runs(50.0, -1, regulariser="noise")
+        for runs in (noise, noise[:2]):
+            assert self.verdict(known + runs) == "none"
 
     def test_the_interval_against_scipy(self) -> None:
         from scipy import stats
 
-        cells = self.verdict(1.0)
+        (cells,) = self.rows(self.known(1.0))
         values = np.array(self.SPREAD) + 1
         half = stats.t.ppf(0.975, 7) * values.std(ddof=1) / math.sqrt(8)
         low, high = values.mean() - half, values.mean() + half
         assert cells[2] == f"{values.mean():+.2f} [{low:.2f}, {high:.2f}]"
-
-    def test_holm_looks_at_all_lines(self) -> None:
-        """A p of 0.03 is below 0.05 alone, and not as the smallest of two."""
-        from knn_study.verdicts import holm, p_value
-
-        values = [x + 0.22 for x in self.SPREAD]
-        assert p_value(values) < 0.05
-        assert holm([p_value(values), 0.9])[0] == pytest.approx(2 * p_value(values))
 
 
 class TestCells:
@@ -947,21 +1013,41 @@ class TestCells:
     def test_each_says_how_it_ended(self) -> None:
         shown = self.cells(self.grid())
         assert shown["wrong pairs momentum"] == ["teacher temperature", "plain", "climb, beta 0.01"]
-        assert shown["0 0.9"] == ["0.04", "31.00 ± 0.00, uniform", "42.00 ± 0.00"]
-        assert shown["0 0.99"] == ["0.04", "40.50 ± 0.71", "29.00 ± 0.00, nothing learned"]
+        assert shown["0 0.9"] == ["0.04", "31.00 ± 0.00, uniform 2 of 2", "42.00 ± 0.00"]
+        assert shown["0 0.99"] == ["0.04", "40.50 ± 0.71", "29.00 ± 0.00, collapsed 2 of 2"]
 
     def test_mean_worst_and_number(self) -> None:
         shown = self.cells(self.grid())
         assert shown["mean of 2 cells "] == ["", "35.75", "35.50"]
         assert shown["worst of 2 cells "] == ["", "31.00", "29.00"]
-        assert shown["collapsed of 2 cells "] == ["", "1", "1"]
+        assert shown["collapsed of 2 cells "] == ["", "0", "1"]
+
+    def test_a_run_that_diverged_is_as_good_as_the_untrained_network(self) -> None:
+        known = self.grid()
+        for one in known:
+            if one["settings"]["regulariser"] == "plain" and one["settings"]["momentum"] == 0.99:
+                one.update(error="the loss is nan", test={}, validation={}, base_loss=[])
+        shown = self.cells(known)
+        assert shown["0 0.99"][1] == "30.00 ± 0.00, collapsed 2 of 2"
+        assert shown["mean of 2 cells "] == ["", "30.50", "35.50"]
+
+    def test_a_loss_above_ln_k_is_not_uniform(self) -> None:
+        known = [self.run(40, loss=math.log(TINY["prototypes"]) + 0.06)]
+        assert self.cells(known)["0 0.99"] == ["0.04", "40.00"]
+
+    def test_other_differences_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="plain is twice in the cell 0"):
+            self.cells([*self.grid(), self.run(40, momentum=0.99, hidden=8)])
 
     def test_cells_that_a_contender_lacks_are_in_no_mean(self) -> None:
         known = [one for one in self.grid() if one["settings"]["regulariser"] != "climb"]
         known += [self.run(42, momentum=0.9, **CLIMB)]
         shown = self.cells(known)
         assert shown["0 0.99"] == ["0.04", "40.50 ± 0.71", ""]
-        assert shown["mean of 1 cells "] == ["", "31.00", "42.00"]
+        # One seed of two is not enough.
+        assert "mean of 1 cells " not in shown
+        known += [self.run(42, 1, momentum=0.9, **CLIMB)]
+        assert self.cells(known)["mean of 1 cells "] == ["", "31.00", "42.00"]
 
     def test_the_best_is_compared_with_the_best_of_dinos_own(self) -> None:
         shown = self.cells(self.grid())
@@ -982,8 +1068,8 @@ def test_details_are_of_the_last_epoch() -> None:
         for seed in (0, 1)
     ]
     head, _, _, last = details(known).splitlines()
-    assert head == "| mismatched | regulariser | queries grey | rate right |"
-    assert last == "| 0.2 | climb, beta 0.01 | 40.00 | 3.50 |"
+    assert head == "| mismatched | regulariser | seeds | queries grey | rate right |"
+    assert last == "| 0.2 | climb, beta 0.01 | 2 | 40.00 | 3.50 |"
 
 
 @pytest.mark.parametrize("name", ["RESULTS.md", "RESULTS_2.md"])
