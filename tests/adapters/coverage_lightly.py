@@ -300,7 +300,8 @@ All options, and how to choose beta: [README.md](README.md#options) beside this 
 For `lightning` or `pytorch_lightning` 2.x, make the criterion an attribute of the module, and add
 `ClimbCallback()` from `climb_plugin.adapters.lightning` to the Trainer's callbacks. The callback
 logs `climb_rate`, `climb_entropy` (nats), `climb_beta` and `climb_base_loss` every epoch,
-averaged over steps and ranks, and shows `climb_rate_step` in the progress bar.
+averaged over steps and ranks, and shows `climb_rate_step` in the progress bar. The plain twin is
+`wrap(..., beta=0)`: the callback raises if a module has no ClimbLoss.
 
 A warm-up that is a fraction, as in `Linear(1e-3, warmup=0.1)`, then needs no `total_steps`: the
 callback lays the fraction over the fit, whatever a learning-rate or batch-size finder did before.
