@@ -7,9 +7,10 @@ download, or an .npz of JPEGs)::
     python examples/cifar10_knn.py --preset cpu --method simclr --regulariser climb --beta 1e-3
     python examples/cifar10_knn.py --summary --method simclr
 
-Many: a line of FILE holds options, ``#`` begins a comment, and values separated by commas are all
-run, in all combinations. What ``--out`` holds already is not run again, and a run that was stopped
-goes on from its last epoch::
+Many, with a table that leaves the test images out (``--summary`` shows them): a line of FILE holds
+options, ``#`` begins a comment, and values separated by commas are all run, in all combinations.
+What ``--out`` holds already is not run again, and a run that was stopped goes on from its last
+epoch::
 
     python examples/cifar10_knn.py --preset cpu --sweep FILE --jobs 2 --time-limit 3600
 
@@ -55,19 +56,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [] if args.summary else wanted(args)
         complete = run_all(runs, args)
         known = records.read(args.out)
+        if args.summary:
+            shown = documents.matching(known, [options.given(args)])
+        else:
+            names = {run.name for run in runs}
+            shown = [record for record in known if record["name"] in names]
+        # A sweep may be there to choose from, which the test images must not do.
+        table = report.choices if args.sweep else report.table
+        for who in ("student", "teacher", "embedding"):
+            if who == "student" or any(who in record["test"] for record in shown):
+                print(table(shown, who=who, twins=known) + "\n")
+        if args.plot:
+            plots.draw(shown, args.plot, twins=known)
+            print(f"Plot: {args.plot}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if args.summary:
-        shown = documents.matching(known, [options.given(args)])
-    else:
-        names = {run.name for run in runs}
-        shown = [record for record in known if record["name"] in names]
-    for who in ("student", "teacher", "embedding"):
-        if who == "student" or any(who in record["test"] for record in shown):
-            print(report.table(shown, who=who, twins=known) + "\n")
-    if args.plot:
-        plots.draw(shown, args.plot, twins=known)
-        print(f"Plot: {args.plot}")
     return 0 if complete else 1
 
 
