@@ -545,6 +545,12 @@ def test_a_look_at_the_accuracy_changes_no_training(run: Callable[..., Any]) -> 
         assert looked.test == blind.test, options
 
 
+def code() -> str:
+    from knn_study import lines
+
+    return lines.code()
+
+
 STOPPED = {"method": "moco", "regulariser": "climb", "beta": 1e-2, "epochs": 3}
 
 
@@ -592,6 +598,19 @@ class TestResume:
         monkeypatch.setitem(vars(load(file)), "fingerprint", "other")
         with pytest.raises(ValueError, match=r"was made on .*: use another --out"):
             run(method="simclr")
+
+    def test_a_run_that_goes_on_with_other_code_names_both(
+        self, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from knn_study import training
+
+        times = iter([0.0, 2.0])
+        with monkeypatch.context() as patch:
+            patch.setattr(training.time, "monotonic", times.__next__)
+            with pytest.raises(training.OutOfTimeError):
+                run(**STOPPED, deadline=1.0)
+        monkeypatch.setattr(training, "code", lambda: "other")
+        assert run(**STOPPED).code == f"{code()}+other"
 
     def test_a_killed_process(self, file: Path, tmp_path: Path) -> None:
         """SIGKILL between the first checkpoint and the end; the next start ends with the same."""
