@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -104,3 +105,14 @@ def marked(device: str) -> object:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device of this machine."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def pretended() -> Iterator[Any]:
+    """A pretended GPU; with a real one, ``pytest -m cuda`` tests the same and more."""
+    if available("cuda"):
+        pytest.skip("a GPU is here: pytest -m cuda")
+    from pretended import pretended_cuda
+
+    with pretended_cuda() as device:
+        yield device

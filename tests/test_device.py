@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from pretended import CUDA, Device, Pretended, moved, pretended_cuda
+from pretended import CUDA, Device, Pretended, moved
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from toys import mlp, rows, square
 
 from climb_plugin import ClimbLoss, GaussianHead, Ramp, TargetRate, wrap
 from climb_plugin.prior import LearnedPrior
-
-
-@pytest.fixture
-def device() -> Iterator[Device]:
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is here: pytest -m cuda")
-    with pretended_cuda() as device:
-        yield device
 
 
 class Dino(nn.Module):
@@ -50,7 +42,7 @@ COMPUTED: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("computed", COMPUTED.values(), ids=COMPUTED)
 def test_a_head_that_was_moved_and_not_yet_called(
-    computed: Callable[..., Any], device: Device
+    computed: Callable[..., Any], pretended: Device
 ) -> None:
     """The plain tensor that weight_norm leaves is on the old device until the next forward."""
     head = moved(Dino(computed))
@@ -110,25 +102,25 @@ def trained(options: dict[str, Any], *, steps: int, device: Device | None) -> tu
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_training_is_that_of_the_cpu_and_waits_for_nothing(
-    options: dict[str, Any], device: Device
+    options: dict[str, Any], pretended: Device
 ) -> None:
-    found, waits = trained(options, steps=5, device=device)
+    found, waits = trained(options, steps=5, device=pretended)
     assert sum(waits[2:]) == 0
     expected, _ = trained(options, steps=5, device=None)
     assert len(found) == len(expected)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_priors_are_where_the_heads_are(device: Device) -> None:
+def test_priors_are_where_the_heads_are(pretended: Device) -> None:
     head = moved(GaussianHead(4))
     for prior in ("learned", "backward", LearnedPrior):
         criterion = ClimbLoss(square, heads=head, beta=1e-3, prior=prior)
         assert {p.device for p in criterion.parameters()} == {CUDA}
 
 
-def test_devices_that_are_mixed_are_noticed(device: Device) -> None:
+def test_devices_that_are_mixed_are_noticed(pretended: Device) -> None:
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         moved(nn.Linear(6, 4))(rows())
-    before = device.waits
+    before = pretended.waits
     assert float(Pretended(rows()).sum()) == float(rows().sum())
-    assert device.waits == before + 1
+    assert pretended.waits == before + 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import lightly.loss
 import pytest
 import torch
 from by_path import load
-from pretended import CUDA, Device, Pretended, moved, pretended_cuda
+from pretended import CUDA, Device, Pretended, moved
 
 from climb_plugin.adapters.lightly import wrap
 
@@ -22,16 +21,8 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def device() -> Iterator[Device]:
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is here: pytest -m cuda")
-    with pretended_cuda() as device:
-        yield device
-
-
 @pytest.mark.parametrize(("name", "at"), CASES)
-def test_a_head_that_was_moved_and_not_yet_called(name: str, at: str, device: Device) -> None:
+def test_a_head_that_was_moved_and_not_yet_called(name: str, at: str, pretended: Device) -> None:
     """In the order of lightly's scripts: the model goes to the device, then the loss is made."""
     case = coverage.HEADS[name]
     student, teacher = (moved(coverage.small_head(name, case.build)) for _ in range(2))
