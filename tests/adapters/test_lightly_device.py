@@ -16,7 +16,7 @@ coverage = load(Path(__file__).parent / "coverage_lightly.py")
 CASES = [
     (name, at)
     for name, case in coverage.HEADS.items()
-    if isinstance(case, coverage.HeadCase)
+    if isinstance(case, coverage.HeadCase) and (case.build or name in coverage.discovered_heads())
     for at in case.places
 ]
 
