@@ -130,8 +130,7 @@ def without_hooks(module: nn.Module) -> dict[int, Any]:
         id(hooks): type(hooks)(
             (number, hook)
             for number, hook in hooks.items()
-            if name == "_forward_pre_hooks"
-            and any(base.__module__.startswith("torch.nn.utils.") for base in type(hook).__mro__)
+            if name == "_forward_pre_hooks" and type(hook).__module__.startswith("torch.nn.utils.")
         )
         for part in module.modules()
         for name, hooks in vars(part).items()
@@ -164,9 +163,15 @@ def joins(wrapper: nn.Module) -> bool:
 
 
 def averaged_in(wrapper: nn.Module, otherwise: set[int]) -> set[int]:
-    """The ids of the parameters that a DistributedDataParallel averages: those it was built with.
+    """The ids of the parameters that a DistributedDataParallel was built to average, or to leave.
 
-    Other wrappers, which look at their parameters later, average ``otherwise``.
+    Of other wrappers nothing is known: ``otherwise``.
     """
-    found = getattr(wrapper, "_module_parameters", None)
-    return otherwise if found is None else {id(parameter) for parameter in found}
+    if not (hasattr(wrapper, "_module_parameters") and hasattr(wrapper, "module")):
+        return otherwise  # of another kind, or half built
+    # Left to the user, by name, or averaged later.
+    left = [
+        p for name, p in wrapper.module.named_parameters() if name in wrapper.parameters_to_ignore
+    ]
+    delayed = getattr(wrapper, "_delay_all_reduce_params", [])
+    return {id(p) for p in (*wrapper._module_parameters, *left, *delayed)}

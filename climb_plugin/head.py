@@ -80,7 +80,8 @@ class GaussianHead(nn.Module):
         self.mean = None if out_features is None else Mean(self.in_features, self.out_features)
         form = LOGVARS[checked_choice("logvar", logvar, LOGVARS)]
         self.logvar = form(self.in_features, self.out_features, init_std=self.init_std)
-        # The number of the last call with each outcome, for messages.
+        # The number of the last call with each outcome, for messages; "trained": of the last draw
+        # through which a gradient came.
         self.last_calls: dict[str, int] = {}
         self._is_started = False  # Whether the head has sampled, or has loaded weights.
         self.register_load_state_dict_pre_hook(_check_form)  # type: ignore[no-untyped-call]

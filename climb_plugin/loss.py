@@ -103,7 +103,9 @@ class ClimbLoss(Door):
         priors = make_priors(prior, [head.out_features for head in checked], views=views)
         if not isinstance(prior, Prior):  # made here, so for where the heads are
             for one, head in zip(priors, checked, strict=True):
-                one.to(head.logvar.bias.device)
+                devices = {tensor.device for tensor in (head.logvar.bias, *one.parameters())}
+                if len(devices) > 1 and "meta" not in {device.type for device in devices}:
+                    one.to(head.logvar.bias.device)
         self.climb_priors = nn.ModuleList(priors)
         self.base = base
         self.climb = Climb(
@@ -251,7 +253,8 @@ def _with_bottleneck(
     used = [(prior, views) for prior, views in zip(priors, found, strict=True) if views]
     if not used:
         climb.show(detached_terms(scalar, scalar, None, None, 0.0), is_regularised=False)
-        if torch.is_grad_enabled() and any(head.training for head in climb.heads):
+        trains = torch.is_grad_enabled() and any(head.training for head in climb.heads)
+        if trains and not climb.watch.is_look:
             climb.trains(value, None)
         return value
     used_priors, posteriors = zip(*used, strict=True)

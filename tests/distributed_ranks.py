@@ -222,6 +222,22 @@ def collectives(rank: int, world: int, prior: str, target: bool) -> list[str]:
     return sorted(event.name for event in profile.events() if event.name.startswith("c10d::"))
 
 
+def look_on_one_rank(rank: int, world: int) -> dict[str, Any]:
+    """Rank 0 looks at the loss of a validation batch in train(), which the others do not."""
+    step = build(beta=TargetRate(TARGET, beta=BETA))
+    model = DistributedDataParallel(step)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for batch in range(STEPS):
+        if rank == 0:
+            with torch.no_grad():
+                seen = step.net(*views(world, batch)[rank])
+            step.loss(*seen)
+        model(*views(world, batch)[rank]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"step": step.loss.step, "beta": float(step.loss.beta), "parameters": values(step)}
+
+
 def target_rate(rank: int, world: int) -> dict[str, Any]:
     step = build(beta=TargetRate(TARGET, beta=BETA))
     model = DistributedDataParallel(step)
@@ -402,6 +418,7 @@ def scenarios(rank: int, world: int, folder: str) -> dict[str, Callable[[], Any]
         add(f"fsdp {how}, training", fsdp_training, how, folder)
     add("join", joined)
     add("wrapped late", wrapped_late)
+    add("look", look_on_one_rank)
     add("target rate in join", joined_target)
     return found
 

@@ -248,6 +248,11 @@ class Prototypes(nn.Module):
         return self.last(F.normalize(self.mlp(x), dim=-1))
 
 
+class Normalised(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1)
+
+
 class WithEmpty(nn.Module):
     """A residual block without an activation of its own, whose shortcut or whose norms are none."""
 
@@ -360,11 +365,19 @@ class TestTheLayerThatHoldsTheHead:
         [
             lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(16, 8))),
             lambda: nn.Sequential(*[nn.Linear(16, 16)] * 2),
+            lambda: nn.Sequential(nn.Linear(16, 8), nn.Sequential(), Normalised()),
             lambda: WithEmpty(nn.Sequential()),
             lambda: WithEmpty(nn.ModuleList()),
             lambda: WithEmpty(nn.ModuleDict()),
         ],
-        ids=["weight_norm", "twice", "empty Sequential", "empty list", "empty dict"],
+        ids=[
+            "weight_norm",
+            "twice",
+            "optional norm",
+            "empty Sequential",
+            "empty list",
+            "empty dict",
+        ],
     )
     def test_no_container_runs_it(self, make: Callable[[], nn.Module]) -> None:
         """An empty shortcut, or an optional norm; and a Sequential of parametrised layers."""

@@ -118,6 +118,13 @@ def test_priors_are_where_the_heads_are(pretended: Device) -> None:
         assert {p.device for p in criterion.parameters()} == {CUDA}
 
 
+def test_a_head_that_has_no_data_yet_has_a_prior_of_its_own() -> None:
+    with torch.device("meta"):
+        head = GaussianHead(4)
+    criterion = ClimbLoss(square, heads=head, beta=1e-3, prior="learned")
+    assert {p.device.type for p in criterion.parameters()} == {"cpu"}
+
+
 def test_devices_that_are_mixed_are_noticed(pretended: Device) -> None:
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         moved(nn.Linear(6, 4))(rows())

@@ -184,6 +184,14 @@ def test_a_loss_that_is_wrapped_behind_ddp_is_refused(world: Ranks) -> None:
         assert all(torch.equal(gradients[name], first[name]) for name in first)
 
 
+def test_one_rank_may_look_at_the_loss(world: Ranks) -> None:
+    first, *others = world["look"]
+    assert first["step"] == ranks.STEPS
+    for other in others:
+        assert other["beta"] == first["beta"]
+        assert all(map(torch.equal, other["parameters"], first["parameters"]))
+
+
 def test_accumulation_under_a_ramp(world: Ranks) -> None:
     first, *others = world["accumulation"]
     steps = [0, 0, 1, 1, 2, 2]

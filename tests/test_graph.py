@@ -393,10 +393,15 @@ class TestMissing:
         """In train(): the model ran under no_grad(), and the criterion does not."""
         student, rows = mlp(8, 8, 4), torch.randn(6, 8)
         loss = wrap(F.mse_loss, student=student, beta=1e-3)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
         with torch.no_grad():
             output = student(rows)
-        assert torch.equal(loss(output, self.target), F.mse_loss(output, self.target))
-        assert torch.isnan(loss.terms.rate)
+        for _ in range(2):  # what was embedded once is looked at again
+            assert torch.equal(loss(output, self.target), F.mse_loss(output, self.target))
+            assert torch.isnan(loss.terms.rate)
+        student(rows).mean().backward()
+        optimizer.step()
+        assert loss.step == 0  # a look begins no step
 
     def test_forward_called_directly(self) -> None:
         """Of a head that hangs on the module itself."""

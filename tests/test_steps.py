@@ -592,8 +592,8 @@ class TestIdle:
     def test_the_plain_loss_is_called_by_mistake(self) -> None:
         student = make_student()
         loss = wrap(square, student=student, beta=1e-3)
-        self.steps(square, student, 10)
-        with pytest.warns(UserWarning, match="its loss was not called") as said:
+        self.steps(square, student, 99)
+        with pytest.warns(UserWarning, match="its loss was never called") as said:
             self.steps(square, student, 5)
         assert len(said) == 1
         assert loss.step == 0
@@ -601,21 +601,35 @@ class TestIdle:
     def test_the_model_stays_in_eval(self) -> None:
         student = make_student().eval()
         loss = wrap(square, student=student, beta=1e-3)
-        self.steps(loss, student, 10)
+        self.steps(loss, student, 99)
         with pytest.warns(UserWarning, match=r"was in eval\(\)") as said:
             self.steps(loss, student, 5)
         assert len(said) == 1
 
     def test_nothing_is_said_of_what_is_meant(self) -> None:
-        """Steps now and then, another loss of the same head, and another stage in eval()."""
+        """Plain epochs between, another loss of the same head, another stage in eval()."""
         student = make_student()
         loss = wrap(square, student=student, beta=1e-3)
-        for _ in range(3):
-            self.steps(square, student, 8)
-            self.steps(loss, student, 1)
+        self.steps(square, student, 50)
         other = ClimbLoss(square, heads=loss.heads, beta=1e-3)
-        self.steps(other, student, 15)
-        self.steps(square, student.eval(), 15)
+        self.steps(other, student, 120)
+        self.steps(square, student, 120)
+        self.steps(square, student.eval(), 120)
+        student.train()
+        loss.heads[0].eval()  # a warm-up without noise
+        self.steps(loss, student, 120)
+
+    def test_nothing_is_said_of_samples_without_a_gradient(self) -> None:
+        """A model returns the projection too, and its loss joins after a warm-up."""
+        student, other = make_student(), nn.Linear(8, 3)
+        loss = wrap(square, student=student, beta=1e-3)
+        optimizer = sgd([*student.parameters(), *other.parameters()])
+        for step in range(120):
+            rows = torch.randn(16, 8)
+            projected = student(rows)
+            value = square(other(rows)) + (loss(projected) if step == 119 else 0)
+            value.backward()
+            optimizer.step()
 
 
 def test_the_hook_is_gone_with_the_loss() -> None:

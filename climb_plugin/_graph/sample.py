@@ -78,6 +78,12 @@ class Sample:
             )
         return self.posterior
 
+    def note_gradient(self) -> None:
+        """Notes at the head that a gradient came through this sample."""
+        if not self.is_second_run:
+            calls = self.head.last_calls
+            calls["trained"] = max(calls.get("trained", 0), self.number)
+
     def free(self) -> None:
         """Drops the posterior, which a loss kept in a list would else keep alive with the node."""
         global _freed
@@ -145,6 +151,7 @@ class _Sum(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.climb_sample.note_gradient()
         if not graph_is_kept():
             ctx.climb_sample.free()
         return gradient, gradient, None

@@ -42,7 +42,7 @@ def find_host(student: nn.Module, teacher: nn.Module | None, *, path: str) -> st
             dict(zip(roots, hosts, strict=True)), but_slices=True
         ):
             return choice
-    if not choices and isinstance(student, _CONTAINERS):
+    if not choices and _runs_what_it_holds(student):
         raise ValueError(
             f"{type(student).__name__} has no layer that could hold a head: {YOURSELF}."
         )
@@ -50,29 +50,41 @@ def find_host(student: nn.Module, teacher: nn.Module | None, *, path: str) -> st
 
 
 def _choices(module: nn.Module, path: str) -> list[str]:
-    """Paths of layers, the best first; those that the module has in several places come last."""
+    """Paths of layers that a module has only once, the best first; of a container the last too."""
     named = list(module.named_modules(remove_duplicate=False))
     parts = [part for _, part in named]
     inside = set(module.get_submodule(path).modules())
     behind = max(place for place, part in enumerate(parts) if part in inside) + 1
     lists = [f"{name}." for name, part in named if isinstance(part, ParametrizationList)]
-    leaves = [
+    layers = [
         (name, part)
         for name, part in reversed(named[:behind])
-        if all(child == "parametrizations" for child, _ in part.named_children())
-        and not isinstance(part, _CONTAINERS)
-        and not any(name.startswith(beginning) for beginning in lists)
+        if not _runs_what_it_holds(part)
+        and not any(f"{name}.".startswith(beginning) for beginning in lists)
     ]
-    once = [(name, part) for name, part in leaves if parts.count(part) == 1]
-    free = [(name, part) for name, part in once if not any(True for _ in named_tensors(part))]
+    leaves = [
+        (name, part) for name, part in layers if parts.count(part) == 1 and not any(part.children())
+    ]
+    free = [(name, part) for name, part in leaves if not any(True for _ in named_tensors(part))]
     kinds = [
         [one for one in free if not _has(one[1], *_OF_NORMS, *_OF_DROPOUTS)],
         [one for one in free if not _has(one[1], *_OF_NORMS)],
-        [one for one in once if one[1] in inside and any(p.ndim > 1 for p in one[1].parameters())],
-        [one for one in once if one[1] in inside],
+        [
+            one
+            for one in leaves
+            if one[1] in inside and any(p.ndim > 1 for p in one[1].parameters())
+        ],
         [one for one in leaves if one[1] in inside],
     ]
-    return list(dict.fromkeys(name for kind in kinds for name, _ in kind))
+    found = [name for kind in kinds for name, _ in kind]
+    if not found and _runs_what_it_holds(module):  # whatever a container has
+        found = [name for name, _ in layers]
+    return list(dict.fromkeys(found))
+
+
+def _runs_what_it_holds(part: nn.Module) -> bool:
+    """Whether a head in this container would be one of the layers that are run, or counted."""
+    return isinstance(part, _CONTAINERS) and not any(True for _ in part.parameters(recurse=False))
 
 
 def _has(part: nn.Module, *names: str) -> bool:

@@ -24,6 +24,7 @@ class Wiring:
         self._proven: set[int] = set()  # Indices of heads whose samples reached a loss.
         self._last = 0  # Calls since the last loss have greater numbers.
         self._warned: set[str] = set()
+        self.is_look = False  # Whether the last call was one at the base loss alone.
 
     def check(self, value: Tensor, found: Sequence[Sequence[Sample]]) -> None:
         """Checks the samples of a training step, of each head those found behind the base loss.
@@ -44,16 +45,16 @@ class Wiring:
             )
         missing = [place for place, samples in enumerate(found) if not samples]
         self._proven |= set(range(len(found))).difference(missing)
-        if missing and not self._only_looks(value, last):
+        self.is_look = bool(missing) and self._is_look(value, missing)
+        if missing and not self.is_look:
             self._explain(value, missing, last)
 
-    def _only_looks(self, value: Tensor, last: int) -> bool:
-        """Whether the model alone ran under no_grad(): an evaluation, as nothing can be trained."""
-        return (
-            not (value.requires_grad or transforms_active())
-            and bool(self._called("no_grad", last))
-            and not self._called("sampled", last)
-        )
+    def _is_look(self, value: Tensor, missing: Sequence[int]) -> bool:
+        """Whether the model, but not the loss, ran under no_grad(): nothing can be trained."""
+        if value.requires_grad or transforms_active():
+            return False
+        calls = [self._heads[place].last_calls for place in missing]
+        return all(one and max(one, key=one.__getitem__) == "no_grad" for one in calls)
 
     def _explain(self, value: Tensor, missing: list[int], last: int) -> None:
         trained = [place for place in missing if _trains(self._heads[place])]

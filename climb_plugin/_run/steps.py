@@ -9,6 +9,7 @@ move copies of the parameters, are not seen; then backward passes count.
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -53,7 +54,7 @@ class Steps:
         self._counting: ReferenceType[Optimizer] | None = None
         self._was_held = False  # Whether an optimiser that holds a head has stepped.
         self._stepped_without = False  # Whether one that holds none of them has, since.
-        self._idle = Idle(heads)
+        self._idle = Idle(heads, students)
         self._known: set[GaussianHead] = set()  # Of several heads, those that an optimiser holds.
         self._passes = 0  # Backward passes since, which may count as steps.
         self._passed = False  # Whether the last call of the loss had one.
@@ -174,11 +175,16 @@ class Steps:
 
         Which of the parameters are before which head is not known of heads put in by hand.
         """
+        unknown = [head for head in self._heads if head not in self._known]
+        if not unknown:
+            return
+        held = Counter(id(p) for student in self._students for p in set(student.parameters()))
         for student in self._students:
-            there = _ids(student.parameters())
-            for head in self._heads:
+            # Not of a trunk that several share.
+            there = {one for one in _ids(student.parameters()) if held[one] == 1}
+            for head in unknown:
                 own = _ids(p for p in head.parameters() if p.requires_grad)
-                if own and own <= there and ids & (there - own) and head not in self._known:
+                if own and own <= there and ids & (there - own):
                     if not ids & own and self._find(own) is None:
                         _say_that_none_holds_it()
                     self._known.add(head)

@@ -65,10 +65,16 @@ class Watch:
     def found(self, value: Tensor, samples: Sequence[Sequence[Sample]], schedule: Schedule) -> None:
         """Checks a step, by the samples of each head behind the base loss, before the numbers."""
         self._wiring.check(value, samples)
-        self.steps.loss_seen(is_regularised=any(samples))
+        if not self.is_look:
+            self.steps.loss_seen(is_regularised=any(samples))
         if not self._knows_ranks and any(samples) and world_size() > 1:
             self._knows_ranks = True
             _check_ranks(self._heads, self._priors, self._prior, needs_rate=schedule.needs_rate)
+
+    @property
+    def is_look(self) -> bool:
+        """Whether the last call was a look at the base loss of a model that ran under no_grad()."""
+        return self._wiring.is_look
 
     def terms(
         self,
