@@ -167,11 +167,11 @@ def averaged_in(wrapper: nn.Module, otherwise: set[int]) -> set[int]:
 
     Of other wrappers nothing is known: ``otherwise``.
     """
-    if not (hasattr(wrapper, "_module_parameters") and hasattr(wrapper, "module")):
-        return otherwise  # of another kind, or half built
-    # Left to the user, by name, or averaged later.
-    left = [
-        p for name, p in wrapper.module.named_parameters() if name in wrapper.parameters_to_ignore
-    ]
-    delayed = getattr(wrapper, "_delay_all_reduce_params", [])
-    return {id(p) for p in (*wrapper._module_parameters, *left, *delayed)}
+    averaged: list[nn.Parameter] | None = getattr(wrapper, "_module_parameters", None)
+    module: nn.Module | None = getattr(wrapper, "module", None)
+    if averaged is None or module is None:  # of another kind, or half built
+        return otherwise
+    ignored: set[str] = getattr(wrapper, "parameters_to_ignore", set())
+    later: list[nn.Parameter] = getattr(wrapper, "_delay_all_reduce_params", [])
+    left = [parameter for name, parameter in module.named_parameters() if name in ignored]
+    return {id(parameter) for parameter in (*averaged, *later, *left)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
@@ -235,3 +235,14 @@ def outside_compiled_code(function: Callable[P, R], *args: P.args, **kwargs: P.k
 def no_autocast(tensor: Tensor) -> torch.autocast:
     """Switches autocast off within, for the device of a tensor."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+def is_look(value: Tensor, heads: Sequence[GaussianHead]) -> bool:
+    """Whether a loss's value is one of an evaluation: the heads ran under no_grad() last.
+
+    The value trains nothing then, even if the loss itself was called with gradients enabled.
+    """
+    if value.requires_grad or transforms_active():
+        return False
+    calls = [head.last_calls for head in heads]
+    return all(one and max(one, key=one.__getitem__) == "no_grad" for one in calls)

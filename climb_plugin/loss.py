@@ -17,7 +17,7 @@ from climb_plugin.checks import checked_scalar
 from climb_plugin.climb import Climb
 from climb_plugin.door import Door, Short, say_what_is_the_modules
 from climb_plugin.gaussian import Posterior, conditional_entropy, widened
-from climb_plugin.head import GaussianHead, no_autocast, outside_compiled_code
+from climb_plugin.head import GaussianHead, is_look, no_autocast, outside_compiled_code
 from climb_plugin.prior import Prior, PriorLike, make_priors, per_sample
 from climb_plugin.schedule import Schedule
 from climb_plugin.settings import Settings
@@ -254,7 +254,7 @@ def _with_bottleneck(
     if not used:
         climb.show(detached_terms(scalar, scalar, None, None, 0.0), is_regularised=False)
         trains = torch.is_grad_enabled() and any(head.training for head in climb.heads)
-        if trains and not climb.watch.is_look:
+        if trains and not is_look(value, climb.heads):
             climb.trains(value, None)
         return value
     used_priors, posteriors = zip(*used, strict=True)

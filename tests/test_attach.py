@@ -365,7 +365,6 @@ class TestTheLayerThatHoldsTheHead:
         [
             lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(16, 8))),
             lambda: nn.Sequential(*[nn.Linear(16, 16)] * 2),
-            lambda: nn.Sequential(nn.Linear(16, 8), nn.Sequential(), Normalised()),
             lambda: WithEmpty(nn.Sequential()),
             lambda: WithEmpty(nn.ModuleList()),
             lambda: WithEmpty(nn.ModuleDict()),
@@ -373,7 +372,6 @@ class TestTheLayerThatHoldsTheHead:
         ids=[
             "weight_norm",
             "twice",
-            "optional norm",
             "empty Sequential",
             "empty list",
             "empty dict",
@@ -388,6 +386,14 @@ class TestTheLayerThatHoldsTheHead:
         assert [len(p) for p in student.modules() if hasattr(p, "__len__")] == lengths
         assert_rate(loss, student, rows, mean)
         assert torch.equal(student.eval()(rows), mean)
+
+    def test_an_optional_norm_before_the_normalisation(self) -> None:
+        layer, rows = nn.Linear(16, 8), torch.randn(4, 16)
+        student = nn.Sequential(layer, nn.Sequential(), Normalised())
+        embedding = layer(rows).detach()
+        loss = wrap(square, student=student, beta=1e-3)
+        assert gaussian_in(student) == {"0"}
+        assert_rate(loss, student, rows, embedding)
 
     def test_containers_alone_are_refused(self) -> None:
         student = nn.Sequential(nn.Sequential(nn.ParameterList([torch.ones(3)])))

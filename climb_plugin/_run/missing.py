@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,9 +10,7 @@ from climb_plugin._graph.sample import Sample, next_number
 from climb_plugin._graph.walk import foreign_samples_behind
 from climb_plugin._torch import transforms_active
 from climb_plugin.checks import warn
-
-if TYPE_CHECKING:
-    from climb_plugin.head import GaussianHead
+from climb_plugin.head import GaussianHead, is_look
 
 
 class Wiring:
@@ -24,7 +21,6 @@ class Wiring:
         self._proven: set[int] = set()  # Indices of heads whose samples reached a loss.
         self._last = 0  # Calls since the last loss have greater numbers.
         self._warned: set[str] = set()
-        self.is_look = False  # Whether the last call was one at the base loss alone.
 
     def check(self, value: Tensor, found: Sequence[Sequence[Sample]]) -> None:
         """Checks the samples of a training step, of each head those found behind the base loss.
@@ -45,16 +41,8 @@ class Wiring:
             )
         missing = [place for place, samples in enumerate(found) if not samples]
         self._proven |= set(range(len(found))).difference(missing)
-        self.is_look = bool(missing) and self._is_look(value, missing)
-        if missing and not self.is_look:
+        if missing and not is_look(value, self._heads):
             self._explain(value, missing, last)
-
-    def _is_look(self, value: Tensor, missing: Sequence[int]) -> bool:
-        """Whether the model, but not the loss, ran under no_grad(): nothing can be trained."""
-        if value.requires_grad or transforms_active():
-            return False
-        calls = [self._heads[place].last_calls for place in missing]
-        return all(one and max(one, key=one.__getitem__) == "no_grad" for one in calls)
 
     def _explain(self, value: Tensor, missing: list[int], last: int) -> None:
         trained = [place for place in missing if _trains(self._heads[place])]

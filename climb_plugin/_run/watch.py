@@ -29,7 +29,7 @@ from climb_plugin._torch import (
 from climb_plugin.checks import warn
 from climb_plugin.distributed import world_size
 from climb_plugin.gaussian import Posterior
-from climb_plugin.head import GaussianHead
+from climb_plugin.head import GaussianHead, is_look
 from climb_plugin.schedule import Schedule
 from climb_plugin.terms import ClimbTerms
 
@@ -65,16 +65,11 @@ class Watch:
     def found(self, value: Tensor, samples: Sequence[Sequence[Sample]], schedule: Schedule) -> None:
         """Checks a step, by the samples of each head behind the base loss, before the numbers."""
         self._wiring.check(value, samples)
-        if not self.is_look:
+        if not is_look(value, self._heads):
             self.steps.loss_seen(is_regularised=any(samples))
         if not self._knows_ranks and any(samples) and world_size() > 1:
             self._knows_ranks = True
             _check_ranks(self._heads, self._priors, self._prior, needs_rate=schedule.needs_rate)
-
-    @property
-    def is_look(self) -> bool:
-        """Whether the last call was a look at the base loss of a model that ran under no_grad()."""
-        return self._wiring.is_look
 
     def terms(
         self,
