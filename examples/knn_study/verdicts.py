@@ -69,6 +69,8 @@ def verdicts(
         for row in shown
         if row.settings.regulariser not in ("plain", "untrained") and (row.validation or row.failed)
     ]
+    if not tested:
+        return "No runs to decide on yet."
     of_climb = [one for one in tested if one.row.settings.regulariser == "climb"]
     p_plain = holm([p_value(one.over_plain) for one in tested])
     p_rival = dict(

@@ -931,6 +931,12 @@ class TestVerdicts:
         other = {**known[-1], "code": "other"}
         assert self.verdict([*known[:-1], other]) == "open: plain has other code or images"
 
+    def test_there_are_no_runs_yet(self) -> None:
+        from knn_study.verdicts import verdicts
+
+        chosen = [line(52.0, seed=seed, **CLIMB) for seed in range(3)]
+        assert verdicts([]) == verdicts(chosen) == "No runs to decide on yet."
+
     def test_runs_that_diverged(self) -> None:
         known = self.known(1.0)
         failed = {"error": "the loss is nan", "test": {}, "validation": {}, "rate": []}
