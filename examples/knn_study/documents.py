@@ -11,16 +11,19 @@ from typing import Any
 
 from knn_study import options
 from knn_study.cells import cells
-from knn_study.plots import curves, draw
+from knn_study.plots import curves, differences, draw
 from knn_study.records import Record, read, settings_of
 from knn_study.report import choices, details, table
 from knn_study.verdicts import verdicts
+from knn_study.where import where
 
 _TABLE = re.compile(
-    r"(<!-- (table|choices|verdicts|details|cells): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (table|choices|verdicts|details|cells|where): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
 )
 _OF_ANYONE = {"table": table, "choices": choices, "verdicts": verdicts}
-_PLOT = re.compile(r"<!-- (plot|curves): (\S+) (.+?) -->")
+_OF_THE_STUDENT = {"cells": cells, "where": where}
+_PLOT = re.compile(r"<!-- (plot|curves|differences): (\S+) (.+?) -->")
+_OVER_PLAIN = {"plot": draw, "differences": differences}
 
 
 def rewritten(path: Path) -> str:
@@ -29,8 +32,8 @@ def rewritten(path: Path) -> str:
     Between ``<!-- table: FILE OPTIONS -->`` and ``<!-- end -->`` stands the table of the runs in
     FILE, a path from the report, whose settings are among those of OPTIONS, or of one of several
     OPTIONS between semicolons; ``--who teacher`` or ``--who embedding`` in front takes that
-    accuracy. ``choices``, ``verdicts``, ``details`` and ``cells`` in place of ``table`` make the
-    tables of those names.
+    accuracy. ``choices``, ``verdicts``, ``details``, ``cells`` and ``where`` in place of ``table``
+    make the tables of those names.
     """
 
     def renewed(match: re.Match[str]) -> str:
@@ -39,8 +42,10 @@ def rewritten(path: Path) -> str:
             made = _OF_ANYONE[match[2]](chosen, who=who, twins=twins)
         elif who != "student":
             raise ValueError(f"{match[2]} are of the student: leave --who {who} away")
+        elif match[2] == "details":
+            made = details(chosen)
         else:
-            made = details(chosen) if match[2] == "details" else cells(chosen, twins=twins)
+            made = _OF_THE_STUDENT[match[2]](chosen, twins=twins)
         return f"{match[1]}{made}\n{match[4]}"
 
     return _TABLE.sub(renewed, path.read_text())
@@ -49,7 +54,8 @@ def rewritten(path: Path) -> str:
 def rewrite(path: Path) -> None:
     """Makes the tables of a report anew, and draws the PNG of each ``<!-- plot: PNG FILE ... -->``.
 
-    ``curves`` in place of ``plot`` draws the accuracy over epochs.
+    ``curves`` in place of ``plot`` draws the accuracy over epochs, ``differences`` those to plain
+    with their intervals.
 
     Raises:
         OSError: If one of the files is not there.
@@ -61,7 +67,7 @@ def rewrite(path: Path) -> None:
         if kind == "curves":
             curves(chosen, path.parent / target, who=who)
         else:
-            draw(chosen, path.parent / target, who=who, twins=twins)
+            _OVER_PLAIN[kind](chosen, path.parent / target, who=who, twins=twins)
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)

@@ -1,4 +1,4 @@
-"""Draws the gain over beta, and k-NN accuracy over the epochs."""
+"""Draws the gain over beta, the differences to plain, and k-NN accuracy over the epochs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from knn_study.records import Record, settings_of
-from knn_study.report import described, gains, rows, twin_of
+from knn_study.report import described, gains, in_common, named, rows, texts, twin_of
+from knn_study.verdicts import interval
 
 
 def draw(
@@ -56,6 +57,47 @@ def draw(
         if curves:
             axis.legend(fontsize="x-small")
     axes[0][0].set_ylabel("gain in validation k-NN (points)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def differences(
+    records: Sequence[Record],
+    path: Path,
+    *,
+    who: str = "student",
+    twins: Sequence[Record] | None = None,
+) -> None:
+    """Validation accuracy minus that of the plain twin: seeds, mean and its 95 % interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = [
+        row
+        for row in rows(records, who=who)
+        if row.settings.regulariser not in ("plain", "untrained")
+    ]
+    by_settings = {row.settings: row for row in rows(records if twins is None else twins, who=who)}
+    _, varying = in_common([row.settings for row in found])
+    figure, axis = plt.subplots(figsize=(6, 1.2 + 0.45 * len(found)))
+    labels = []
+    for place, row in enumerate(found):
+        values = texts(row.settings, varying)
+        words = [f"{named(n)} {value}" for n, value in zip(varying, values, strict=True)]
+        labels.append(", ".join([described(row.settings), *words]))
+        twin = by_settings.get(twin_of(row.settings))
+        paired = gains(row.validation, twin.validation if twin else None)
+        axis.plot(paired, [place] * len(paired), "o", color="0.3", markersize=3, zorder=3)
+        if len(paired) > 1:
+            axis.hlines(place, *interval(paired), color="C0", linewidth=2)
+            axis.plot(mean(paired), place, "D", color="C0", markersize=6)
+    axis.axvline(0, color="0.5", linewidth=1, zorder=0)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.set_xlabel(f"k-NN of the {who}, validation: points over plain")
     figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

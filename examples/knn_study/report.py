@@ -143,13 +143,14 @@ def _table(
                 cells.append(_gain(getattr(row, name), getattr(twin, name) if twin else None))
         seeds, ends = str(len(row.test)), [spread(row.base_loss), spread(row.rate)]
         lines.append([*texts(row.settings, varying), described(row.settings), seeds, *cells, *ends])
-    seconds = median(record["seconds"] for record in records)
+    seconds = [record["seconds"] for record in records]
     below = ", ".join(f"{named(name)} {_text(value)}" for name, value in common.items())
     of_all = [
         f"k-NN accuracy of the {who} in per cent, mean ± standard deviation over seeds; {below}.",
         *failures(records),
         *([f"Runs with a twin of other code or images: {others}."] if others else []),
-        f"{len(records)} runs, median {seconds:.0f} s; {_listed(records)}.",
+        f"{len(records)} runs, {sum(seconds) / 3600:.1f} hours in all, "
+        f"median {median(seconds):.0f} s; {_listed(records)}.",
     ]
     return "\n".join([markdown(head, lines), "", *of_all])
 
@@ -231,7 +232,7 @@ def in_common(found: Sequence[Settings]) -> tuple[dict[str, Any], list[str]]:
     values = {name: {getattr(settings, name) for settings in found} for name in names}
     varying = [name for name in names if len(values[name]) > 1]
     # Of several methods, not all have the setting: it says nothing about those.
-    return {name: values[name].pop() for name in names if name not in varying}, varying
+    return {name: values[name].pop() for name in names if len(values[name]) == 1}, varying
 
 
 def _text(value: Any) -> str:

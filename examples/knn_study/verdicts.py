@@ -254,5 +254,11 @@ def with_interval(values: Sequence[float]) -> str:
         return ""
     if len(values) == 1:
         return f"{values[0]:+.2f}"
-    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
+    low, high = interval(values)
     return f"{mean(values):+.2f} [{low:.2f}, {high:.2f}]"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of the 95 % interval of a mean by Student's t, of two values or more."""
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(LEVEL)
+    return float(low), float(high)

@@ -852,6 +852,7 @@ class TestReport:
             "# A\n<!-- table: runs.jsonl --method simclr -->\nold\n<!-- end -->\nB\n"
             "<!-- table: runs.jsonl --method byol ; --beta 0.01 -->\n<!-- end -->\n"
             "<!-- plot: plot.png runs.jsonl -->\n<!-- curves: curves.png runs.jsonl -->\n"
+            "<!-- differences: over.png runs.jsonl -->\n"
         )
         assert study.main(["--report", str(path)]) == 0
         text = path.read_text()
@@ -864,7 +865,7 @@ class TestReport:
         # Twins are looked for in the whole file.
         assert "| simclr | climb, beta 0.01 | 1 | 52.00 | +2.00 |" in second
         assert "| byol | plain | 1 | 40.00 |  |" in second
-        for name in ("plot.png", "curves.png"):
+        for name in ("plot.png", "curves.png", "over.png"):
             with Image.open(tmp_path / name) as picture:
                 assert picture.width > 400
         assert study.main(["--report", str(path)]) == 0
@@ -1097,6 +1098,37 @@ def test_details_are_of_the_last_epoch() -> None:
     assert last == "| 0.2 | climb, beta 0.01 | 2 | 40.00 | 3.50 |"
 
 
+def test_where_a_difference_sits() -> None:
+    from knn_study.where import where
+
+    known = [
+        {
+            **line(accuracy, seed=seed, **values),
+            "validation": {"student": [0.0, accuracy], "embedding": [0.0, 90 - accuracy]},
+            "robustness": {"queries grey": 40.0 - 2 * seed * len(values)},
+        }
+        for seed, accuracy, values in (
+            (0, 50.0, {}),
+            (1, 50.0, {}),
+            (0, 51.0, CLIMB),
+            (1, 52.0, CLIMB),
+        )
+    ]
+    alone = line(60.0, seed=7, regulariser="noise", init_std=0.3)  # plain has no seed 7
+    diverged = {**line(seed=0, regulariser="climb", beta=0.1), "error": "nan"}
+    head, _, climb, *others, _, said = where([*known, alone, diverged], twins=known).splitlines()
+    assert head == "| regulariser | seeds | student | embedding | queries grey |"
+    assert climb.strip(" |").split(" | ") == [
+        "climb, beta 0.01",
+        "2",
+        "+1.50 [-4.85, 7.85]",
+        "-1.50 [-7.85, 4.85]",
+        "-2.00 [-27.41, 23.41]",
+    ]
+    assert others == ["| climb, beta 0.1 | 0 |  |  |  |", "| noise, init std 0.3 | 0 |  |  |  |"]
+    assert "seed 0, which ended with nan" in said
+
+
 @pytest.mark.parametrize("name", ["RESULTS.md", "RESULTS_2.md"])
 def test_the_stored_report_is_made_of_the_stored_lines(name: str) -> None:
     from knn_study.documents import rewritten
@@ -1104,7 +1136,7 @@ def test_the_stored_report_is_made_of_the_stored_lines(name: str) -> None:
     text = (EXAMPLES / name).read_text()
     assert rewritten(EXAMPLES / name) == text
     assert (
-        len(re.findall("<!-- (?:table|choices|verdicts|details|cells): ", text))
+        len(re.findall("<!-- (?:table|choices|verdicts|details|cells|where): ", text))
         == text.count("<!-- end -->")
         >= 3
     )
