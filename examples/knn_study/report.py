@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -163,7 +164,11 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def details(records: Sequence[Record]) -> str:
     """Markdown: a line for each setting with what else the last epoch measured, means over seeds.
 
-    That is of the student's features, and of the pairs of the training.
+    That is of the student's features, and of the pairs of the training. DINO's base loss, a cross
+    entropy between views, is taken apart, in nats: how far the student stays behind the teacher
+    (less the entropy of the teacher's rows: a KL divergence), and how much the student's answer to
+    one view tells of the teacher's target for the other (the entropy of the mean target, less the
+    loss: a lower bound of the mutual information; Barber and Agakov, 2003).
     """
     found: dict[Settings, dict[str, list[float]]] = {}
     seeds: Counter[Settings] = Counter()
@@ -172,8 +177,9 @@ def details(records: Sequence[Record]) -> str:
             key = replace(settings_of(record), seed=0)
             seeds[key] += 1
             measured = found.setdefault(key, {})
-            last = {name: values[-1] for name, values in record.get("pairs", {}).items()}
-            for name, value in {**record.get("robustness", {}), **last}.items():
+            pairs = {name: values[-1] for name, values in record.get("pairs", {}).items()}
+            pairs.update(_parts_of_the_loss(record, pairs))
+            for name, value in {**record.get("robustness", {}), **pairs}.items():
                 measured.setdefault(name, []).append(value)
     names = list(dict.fromkeys(name for measured in found.values() for name in measured))
     _, varying = in_common(list(found))
@@ -188,6 +194,16 @@ def details(records: Sequence[Record]) -> str:
     ]
     head = [*map(named, varying), "regulariser", "seeds", *names]
     return "\n".join([markdown(head, lines), *paragraph(failures(records))])
+
+
+def _parts_of_the_loss(record: Record, pairs: dict[str, float]) -> dict[str, float]:
+    if "teacher entropy of rows" not in pairs:
+        return {}
+    loss, log_k = record["base_loss"][-1], math.log(settings_of(record).prototypes)
+    return {
+        "student behind the teacher": loss - log_k * pairs["teacher entropy of rows"],
+        "shared by the views": log_k * pairs["teacher entropy of the mean"] - loss,
+    }
 
 
 def paragraph(sentences: Iterable[str]) -> list[str]:

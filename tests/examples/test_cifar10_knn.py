@@ -1129,6 +1129,24 @@ def test_where_a_difference_sits() -> None:
     assert "seed 0, which ended with nan" in said
 
 
+def test_the_base_loss_is_taken_apart() -> None:
+    """Of a teacher that answers by one prototype in two, each as often, and a student behind it."""
+    from knn_study.report import details
+
+    teacher = torch.eye(2, dtype=torch.float64)
+    student = torch.tensor([[0.8, 0.2], [0.4, 0.6]], dtype=torch.float64)
+    record = {
+        **line(method="dino", prototypes=2),
+        "base_loss": [9.0, -(teacher * student.log()).sum(1).mean().item()],
+        "pairs": {"teacher entropy of rows": [0.0], "teacher entropy of the mean": [1.0]},
+    }
+    head, _, last = details([record]).splitlines()
+    told = dict(zip(head.split(" | "), last.split(" | "), strict=True))
+    divergence = torch.nn.functional.kl_div(student.log(), teacher, reduction="batchmean").item()
+    assert told["student behind the teacher"] == f"{divergence:.2f}"
+    assert told["shared by the views |"] == f"{math.log(2) - record['base_loss'][-1]:.2f} |"
+
+
 @pytest.mark.parametrize("name", ["RESULTS.md", "RESULTS_2.md"])
 def test_the_stored_report_is_made_of_the_stored_lines(name: str) -> None:
     from knn_study.documents import rewritten
