@@ -40,6 +40,22 @@ def names() -> dict[str, Any]:
     return executed(ROOT / "README.md")
 
 
+def test_the_lightning_module_trains() -> None:
+    from pytorch_lightning import Trainer
+    from torch.utils.data import DataLoader
+
+    names = executed(ROOT / "examples" / "LIGHTLY.md")
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=names["callbacks"],
+    )
+    trainer.fit(names["SimCLR"](), DataLoader(torch.randn(3, 2, 8, 32), batch_size=None))
+    assert trainer.callback_metrics["climb_rate"] > 0
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page: Path) -> None:
     executed(page)
@@ -47,7 +63,7 @@ def test_the_code_of_a_page_runs(page: Path) -> None:
 
 def test_there_are_blocks() -> None:
     found = {str(page.relative_to(ROOT)): len(blocks(page)) for page in PAGES if blocks(page)}
-    assert found == {"README.md": 2, "examples/README.md": 2}
+    assert found == {"README.md": 2, "examples/README.md": 2, "examples/LIGHTLY.md": 1}
 
 
 def test_the_lightly_step_trains_the_head(names: dict[str, Any]) -> None:

@@ -282,14 +282,15 @@ the missing package if lightly is not installed. `wrap` hangs a Gaussian on the 
 and a frozen twin on the teacher's. Heads with an L2 normalisation or prototypes inside get the
 Gaussian before these.
 
-- Wrap before the optimiser is built, because the Gaussian has parameters: the first step of an
-  optimiser that lacks them raises. Wrap before any copy as well: an `AveragedModel` or a momentum
-  model that was copied earlier pairs its parameters with the wrong ones.
+- Wrap before the optimiser is built, because the Gaussian has parameters: a step that moves the
+  projection head raises if no optimiser holds them. Wrap before other copies are made, too: an
+  `AveragedModel` that is older pairs its parameters with the wrong ones. The momentum copy that
+  lightly's scripts make with the model is passed as `teacher=`, and gets its twin by that.
 - No layer is added. `len(head)`, `head[-1]` and the keys that were there mean what they meant,
   and the new parameters are called `<layer>.gaussian.logvar.weight` and `.bias`.
 - `criterion.climb` holds everything that is CLIMB's, with short names (`criterion.terms`,
-  `.beta`, `.step`) unless the loss has an attribute of the name. All other attributes are the
-  loss's own: read, set and deleted through the criterion.
+  `.beta`, `.step`); a name that the loss has as well raises. All other attributes are the loss's
+  own: read, set and deleted through the criterion.
 - A criterion that is called once per view (BYOL, SimSiam, NNCLR) counts each view once.
 - `climb_plugin.unwrap(criterion)` takes all of CLIMB out again and returns the loss.
 
@@ -302,6 +303,33 @@ For `lightning` or `pytorch_lightning` 2.x, make the criterion an attribute of t
 logs `climb_rate`, `climb_entropy` (nats), `climb_beta` and `climb_base_loss` every epoch,
 averaged over steps and ranks, and shows `climb_rate_step` in the progress bar. The plain twin is
 `wrap(..., beta=0)`: the callback raises if a module has no ClimbLoss.
+
+```python
+import torch
+from lightly.loss import NTXentLoss
+from lightly.models.modules import SimCLRProjectionHead
+from pytorch_lightning import LightningModule
+
+from climb_plugin.adapters.lightly import wrap
+from climb_plugin.adapters.lightning import ClimbCallback
+
+
+class SimCLR(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Linear(32, 16)
+        self.projection_head = SimCLRProjectionHead(16, 16, 8)
+        self.criterion = wrap(NTXentLoss(), student=self.projection_head, beta=1e-3)
+
+    def training_step(self, views, batch_index):
+        return self.criterion(*(self.projection_head(self.backbone(view)) for view in views))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.06)  # the Gaussian's, too
+
+
+callbacks = [ClimbCallback()]  # Trainer(callbacks=callbacks, ...).fit(SimCLR(), ...)
+```
 
 A warm-up that is a fraction, as in `Linear(1e-3, warmup=0.1)`, then needs no `total_steps`: the
 callback lays the fraction over the fit, whatever a learning-rate or batch-size finder did before.
