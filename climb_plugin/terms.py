@@ -12,7 +12,7 @@ from climb_plugin._torch import plain, without_transforms
 
 
 class ClimbTerms(NamedTuple):
-    """The terms of the last step, detached scalars.
+    """The terms of the last call, detached scalars.
 
     Attributes:
         total: The value of the loss: base + beta * (rate + alpha * entropy), in which only the rate
@@ -37,7 +37,9 @@ def detached_terms(
     """The terms of a call; without posteriors rate and entropy are NaN."""
     with without_transforms():
         base = plain(base).detach()
-        nan = base.new_full((), math.nan)
+        # A batch without positives may have a zero of integers.
+        real = base.dtype if base.is_floating_point() else torch.float32
+        nan = base.new_full((), math.nan, dtype=real)
         if not isinstance(beta, Tensor):
             beta = torch.tensor(beta, dtype=torch.float64, device="cpu")
         return ClimbTerms(

@@ -53,6 +53,19 @@ def test_batches_without_positives_are_said_once() -> None:
     assert warning.filename == __file__
 
 
+def test_a_zero_of_integers_is_a_batch_without_positives() -> None:
+    student, rows = sequential(), torch.randn(6, 8)
+    loss = wrap(
+        lambda z, some: pairs(z, some) if some is not None else torch.tensor(0),
+        student=student,
+        beta=1e-3,
+    )
+    loss(student(rows), torch.zeros(6)).backward()
+    with pytest.warns(UserWarning, match="a batch without positives"):
+        assert loss(student(rows), None) == 0
+    assert loss.terms.rate.isnan()
+
+
 def test_a_batch_without_one_kind_of_image() -> None:
     """Two heads, as of two kinds: one is not called, the other is."""
     heads = [GaussianHead(4), GaussianHead(4)]

@@ -268,6 +268,19 @@ def test_k_resumes_to_the_bit_between_two_draws_of_one_state() -> None:
         assert torch.equal(one, two)
 
 
+def test_a_checkpoint_saved_within_a_fork_leaves_the_noise() -> None:
+    """An evaluation that keeps torch's random state, and saves the criterion."""
+    net = model()
+    loss = ClimbLoss(lambda z: z.square().mean(), heads=net[1], beta=1e-3)
+    draws = []
+    for _ in range(3):
+        draws.append(noise_of(net))
+        with torch.random.fork_rng(devices=[]):
+            torch.rand(3)
+            loss.state_dict()
+    assert_independent(draws)
+
+
 @pytest.mark.parametrize("saved", [[1], [1, -2], "12", [0.5, 1], [1, 2, 3]])
 def test_a_damaged_position_is_refused(saved: object) -> None:
     loss = ClimbLoss(torch.mean, heads=GaussianHead(4), beta=1e-3)

@@ -24,6 +24,13 @@ def test_starts_at_start_rises_and_stays_at_beta(
     assert all(one <= two * (1 + 1e-9) for one, two in itertools.pairwise(values))
 
 
+def test_a_delay_without_a_warmup_is_a_jump() -> None:
+    assert [Linear(1.0, warmup=0, delay=2)(step) for step in range(4)] == [0.0, 0.0, 1.0, 1.0]
+    # Of a short training the warm-up rounds to nothing.
+    short = Linear(1.0, warmup=0.01, delay=0.1, total_steps=20)
+    assert [short(step) for step in range(4)] == [0.0, 0.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("ramp", "half"),
     [(Linear, 0.505), (Cosine, 0.505), (Exponential, 0.1)],

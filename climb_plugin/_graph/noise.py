@@ -76,8 +76,8 @@ def normal(seed: Seed, like: Tensor) -> Tensor:
 
 def position() -> tuple[int, int] | None:
     """Random state and count of draws for a checkpoint; None if torch's random state suffices."""
-    state = _state
-    return (state, _drawn) if state is not None and _drawn and _look() == state else None
+    # Nothing is written: a checkpoint may be saved within fork_rng(), whose state goes again.
+    return (_state, _drawn) if _state is not None and _drawn and _state == _now() else None
 
 
 def restore(saved: tuple[int, int] | None) -> None:
@@ -88,11 +88,15 @@ def restore(saved: tuple[int, int] | None) -> None:
 
 def _look() -> int:
     global _state, _drawn
-    with without_transforms():
-        state = _digest(torch.default_generator.get_state().numpy().tobytes())
+    state = _now()
     if state != _state:
         _state, _drawn = state, 0
     return state
+
+
+def _now() -> int:
+    with without_transforms():
+        return _digest(torch.default_generator.get_state().numpy().tobytes())
 
 
 def _digest(data: bytes) -> int:

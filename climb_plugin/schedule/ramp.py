@@ -106,7 +106,7 @@ class Ramp(Schedule):
         delay, warmup = self._steps("delay"), self._steps("warmup")
         if step >= delay + warmup:
             return self.beta
-        return _SHAPES[self.shape](self.start, self.beta, max(0, step - delay) / warmup)
+        return _SHAPES[self.shape](self.start, self.beta, max(0, step - delay) / max(1, warmup))
 
     def over(self, total_steps: int | None) -> Ramp:
         """The same ramp in a training of ``total_steps`` optimiser steps."""
