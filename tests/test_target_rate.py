@@ -146,6 +146,13 @@ def test_beta_stays_within_its_bounds_and_leaves_them_at_once() -> None:
     assert all(1e-4 * (1 - 1e-5) <= beta <= 1e-2 * (1 + 1e-5) for beta in seen)
 
 
+@pytest.mark.parametrize("outlier", [0.0, 1e-3, 200.0, 1e6])
+def test_a_batch_of_another_kind_leaves_no_trace(outlier: float) -> None:
+    seen = betas(TargetRate(10.0), [10.0, 10.0, outlier, 10.0, 10.0])
+    assert 1e-3 / 5 < seen[3] < 1e-3 * 5
+    assert seen[4] == pytest.approx(1e-3, rel=0.03)
+
+
 def test_the_law_of_the_controller() -> None:
     # At a constant rate the change of the error is 0: log beta moves by speed * error.
     target = TargetRate(10.0, beta=1e-3, speed=0.1)

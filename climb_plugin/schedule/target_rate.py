@@ -14,8 +14,10 @@ from climb_plugin.checks import checked_number
 from climb_plugin.distributed import beside
 from climb_plugin.schedule.base import Schedule
 
-# Weight of the change of the error, and the rate in nats below which all rates count as equal.
+# Weight of the change of the error, the most that counts of a change, and the rate in nats below
+# which all rates count as equal.
 _DAMPING = 3.0
+_MOST_CHANGE = 0.5
 _LEAST_RATE = 1e-6
 
 
@@ -28,13 +30,14 @@ class TargetRate(Schedule):
         speed * error + 3 * (change of the error since the last step),
 
     where the error is the logarithm of the rate over the target (in the first part between -1 and
-    1). The second part damps: beta rests while the error shrinks by the fraction speed / 3 per
-    step, and goes back while the error shrinks faster. Mean and std follow beta slowly, at the pace
-    of the optimiser; without damping beta would grow meanwhile, and the rate fall far too low. The
-    smoothed rate arrives; single batches scatter, and beta with them. (Smoothing the rate first
-    would make both swing.) On scikit-learn's digits,
-    SimCLR and DINO, the smoothed rate came within 5 % of 20 nats after 480 to 1,230 steps, from
-    beta 1e-5 or 1e-1 (one seed each).
+    1), and its change counts up to 0.5 either way: a single batch of another kind moves beta by a
+    factor of 4.5 at most, and the next batch takes that back. The second part damps: beta rests
+    while the error shrinks by the fraction speed / 3 per step, and goes back while the error
+    shrinks faster. Mean and std follow beta slowly, at the pace of the optimiser; without damping
+    beta would grow meanwhile, and the rate fall far too low. The smoothed rate arrives; single
+    batches scatter, and beta with them. (Smoothing the rate first would make both swing.) On
+    scikit-learn's digits, SimCLR and DINO, the smoothed rate came within 5 % of 20 nats after 480
+    to 1,230 steps, from beta 1e-5 or 1e-1 (one seed each).
 
     A TargetRate belongs to one loss. Beta stays on the device, and is the same on all ranks. If the
     base loss wants fewer nats than the target, beta goes to the lower bound. If the rate swings
@@ -127,8 +130,9 @@ class TargetRate(Schedule):
         before = torch.where(before.isnan(), rate, before)
         self._before = rate
         error = self._error(rate)
-        change = self.speed * error.clamp(-1, 1) + _DAMPING * (error - self._error(before))
-        moved = beside(rate, self._log_beta) + change.nan_to_num(nan=0.0)
+        change = (error - self._error(before)).clamp(-_MOST_CHANGE, _MOST_CHANGE)
+        move = self.speed * error.clamp(-1, 1) + _DAMPING * change
+        moved = beside(rate, self._log_beta) + move.nan_to_num(nan=0.0)
         self._log_beta = moved.clamp(*(math.log(bound) for bound in self.bounds))
 
     def state(self) -> dict[str, Any]:
