@@ -214,6 +214,35 @@ class TestNobodyHoldsTheHead:
         with pytest.raises(RuntimeError, match=NOT_HELD):
             optimizer.step()
 
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_one_of_two_heads_of_two_optimisers(self, stage: int, order: tuple[int, int]) -> None:
+        students = make_student(), make_student()
+        plain = [list(one.parameters()) for one in students]
+        loss = ClimbLoss(nn.functional.mse_loss, heads=[attach(one) for one in students], beta=1e-3)
+
+        def steps(optimizers: list[optim.Optimizer]) -> None:
+            for _ in range(2):
+                rows = torch.randn(16, 8)
+                loss(*(one(rows) for one in students)).backward()
+                for place in order:
+                    optimizers[place].step()
+
+        if stage == 2:
+            steps([sgd(one.parameters()) for one in students])
+            gc.collect()
+        optimizers = [sgd(students[0].parameters()), sgd(plain[1])]
+        with pytest.raises(RuntimeError, match=NOT_HELD):
+            steps(optimizers)
+
+    def test_a_learned_prior_in_a_second_stage(self) -> None:
+        student = make_student()
+        loss = wrap(square, student=student, beta=1e-3, prior="learned")
+        train(student, loss, sgd([*student.parameters(), *loss.parameters()]))
+        gc.collect()
+        with pytest.warns(UserWarning, match=r"add list\(loss\.parameters\(\)\)"):
+            train(student, loss, sgd(student.parameters()), steps=2)
+
     @pytest.mark.parametrize("how", ["itself", "deepcopy", "pickle"])
     def test_in_a_second_stage(self, how: str) -> None:
         """Its optimiser is built anew from names, and the head's are not among them."""

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
-from weakref import ReferenceType, WeakSet, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -44,22 +44,23 @@ class Steps:
         priors: nn.Module,
         students: tuple[nn.Module, ...],
         steps: int,
+        is_set: bool = False,
     ) -> None:
         self._heads, self._priors, self._students, self._steps = heads, priors, students, steps
-        self._was_set = False
-        self.is_set = False  # Whether somebody has set the count since the last step.
+        self._was_set = is_set
+        self.is_set = is_set  # Whether somebody has set the count since the last step.
         self._fresh = False  # Whether the loss was called since the last step that counted.
-        self._called = False  # The same, but kept if backward passes are counted.
+        self._calls = 0  # Of the loss, in training.
         self._skipped: Tensor | None = None
         self._counting: ReferenceType[Optimizer] | None = None
         self._was_held = False  # Whether an optimiser that holds a head has stepped.
-        self._stepped_without = False  # Whether one that holds none of them has, since.
+        # The calls before the last step of each optimiser, and those that were looked at.
+        self._seen: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._checked: WeakSet[Optimizer] = WeakSet()
         self._idle = Idle(heads, students)
-        self._known: set[GaussianHead] = set()  # Of several heads, those that an optimiser holds.
         self._passes = 0  # Backward passes since, which may count as steps.
         self._passed = False  # Whether the last call of the loss had one.
         self._looked = False
-        self._prior_checked = False
         # Ids of what is before the heads; references would keep users from swapping tensors.
         self._leaves: set[int] | None = None
         _register()
@@ -103,8 +104,8 @@ class Steps:
 
     def loss_called(self, penalty: Tensor | None) -> None:
         """Notes a call that trains, by the penalty, behind which are the heads and all before."""
-        self._fresh = self._called = True
-        self._passed = False
+        self._fresh, self._passed = True, False
+        self._calls += 1
         if self._leaves is None and penalty is not None:
             self._leaves = leaves_behind(penalty) - _ids(self._priors.parameters())
 
@@ -129,27 +130,35 @@ class Steps:
         ids = _ids_in(optimizer)
         parameters = self._parameters()
         trained = _ids(p for p in parameters if p.requires_grad)
-        called = self._called
-        if ids & _ids(parameters) or (not trained and ids & self._before()):
+        is_due = self._is_due(optimizer)
+        holds = bool(ids & _ids(parameters)) or (not trained and bool(ids & self._before()))
+        if holds:
             self._counting = ref(optimizer)
-            self._called = self._stepped_without = False
             self._was_held = True
             self._passes = 0
             self._count(optimizer)
-            self._check_prior(ids)
             self._idle.stepped()
-        elif called and trained and ids & self._projection():
-            if self._was_held and not self._stepped_without:
-                # Perhaps another stage: the call may be the rest of the one before.
-                self._stepped_without, self._called = True, False
-            else:
-                self._check_held(trained)
-        if called and len(self._students) > 1:
-            self._check_each(ids)
+        elif is_due and trained and ids & self._projection():
+            self._check_held(trained)
+        if is_due and optimizer not in self._checked:
+            self._checked.add(optimizer)
+            if holds:
+                self._check_prior(ids)
+            if len(self._students) > 1:
+                self._check_each(ids)
 
     def stop(self) -> None:
         """Ends the count, once the heads have been taken off the model."""
         _all.discard(self)
+
+    def _is_due(self, optimizer: Optimizer) -> bool:
+        """Whether the loss was called between two steps of an optimiser, or before the first one.
+
+        The first step of another stage may follow a call that is left of the stage before.
+        """
+        before = self._seen.get(optimizer, self._calls if self._was_held else 0)
+        self._seen[optimizer] = self._calls
+        return self._calls > before
 
     def _count(self, optimizer: Optimizer) -> None:
         if not self._fresh:
@@ -175,24 +184,17 @@ class Steps:
 
         Which of the parameters are before which head is not known of heads put in by hand.
         """
-        unknown = [head for head in self._heads if head not in self._known]
-        if not unknown:
-            return
         held = Counter(id(p) for student in self._students for p in set(student.parameters()))
         for student in self._students:
             # Not of a trunk that several share.
             there = {one for one in _ids(student.parameters()) if held[one] == 1}
-            for head in unknown:
+            for head in self._heads:
                 own = _ids(p for p in head.parameters() if p.requires_grad)
-                if own and own <= there and ids & (there - own):
-                    if not ids & own and self._find(own) is None:
-                        _say_that_none_holds_it()
-                    self._known.add(head)
+                is_moved = bool(own) and own <= there and bool(ids & (there - own))
+                if is_moved and not ids & own and self._find(own) is None:
+                    _say_that_none_holds_it()
 
     def _check_prior(self, ids: set[int]) -> None:
-        if self._prior_checked:
-            return
-        self._prior_checked = True
         learned = _ids(p for p in self._priors.parameters() if p.requires_grad)
         if learned and not ids & learned and self._find(learned) is None:
             warn(
@@ -230,6 +232,7 @@ class Steps:
             "priors": self._priors,
             "students": self._students,
             "steps": self.count,
+            "is_set": self.is_set,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -241,7 +244,8 @@ def _say_that_none_holds_it() -> None:
         raise RuntimeError(
             "the optimiser moves the projection head but not the GaussianHead in it, and no other "
             "optimiser holds that: build the optimiser after the loss was wrapped, so that "
-            "model.parameters() holds the new parameters, or freeze the GaussianHead with "
+            "model.parameters() holds the new parameters (groups that are made by kinds of layer "
+            "need one for the GaussianHead's), or freeze the GaussianHead with "
             "requires_grad_(False)."
         )
 
