@@ -149,12 +149,18 @@ class ClimbCallback(_Callback):
         return int(total)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that the module's own lacks: of losses that are no submodules, and lengths."""
+        """The states of the losses, with the priors of those that are no submodules, and lengths.
+
+        Of a submodule, the module's state dict has the step in its metadata, which asynchronous and
+        sharded checkpoints drop.
+        """
         modules = set() if self._module is None else set(self._module.modules())
         losses = {
-            path: {**loss.climb_state(), "priors": loss.climb_priors.state_dict()}
+            path: {
+                **loss.climb_state(),
+                "priors": {} if loss in modules else loss.climb_priors.state_dict(),
+            }
             for path, loss in self._losses().items()
-            if loss not in modules
         }
         return {"losses": losses, "lengths": dict(self._lengths)}
 
@@ -228,7 +234,8 @@ class ClimbCallback(_Callback):
         for path in [path for path in self._restored if path in losses]:
             state = self._restored.pop(path)
             losses[path].load_climb_state(state)
-            losses[path].climb_priors.load_state_dict(state["priors"])
+            if state["priors"]:
+                losses[path].climb_priors.load_state_dict(state["priors"])
 
     def _check_restored(self, losses: Mapping[str, ClimbLoss], pl_module: Any) -> None:
         gone, self._restored = sorted(self._restored), {}

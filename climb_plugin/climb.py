@@ -159,9 +159,11 @@ class Climb:
         self.watch.steps.set_to(checked_step(step))
 
     def begin(self) -> None:
-        """Begins a training at step 0, or where ``set_step`` said since the last step."""
+        """Begins a training anew, or goes on where ``set_step`` said since the last step."""
         if not self.watch.steps.is_set:
             self.watch.steps.restore(0)
+            self.schedule.belong_to(self, free_nats=self.free_nats * len(self.heads))
+            self._rates = StepRates()
 
     def trains(self, value: Tensor, penalty: Tensor | None) -> None:
         """Notes a call that trains: the loss, and the penalty if there are posteriors."""

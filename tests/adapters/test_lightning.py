@@ -200,6 +200,22 @@ def test_another_fit_lays_it_anew(pl: Any, tmp_path: Path) -> None:
     assert betas(model)[:7] == pytest.approx([0.1 * step / 6 for step in range(7)])
 
 
+def test_another_fit_adapts_anew(pl: Any, tmp_path: Path) -> None:
+    model = make(pl, TargetRate(3.0, beta=0.01))
+    fitted(pl, tmp_path, model)
+    fitted(pl, tmp_path, model)
+    assert betas(model)[0] == betas(model)[6] == pytest.approx(0.01)
+    assert betas(model)[5] != betas(model)[0]
+
+
+def test_a_copy_begins_where_the_step_was_set(pl: Any, tmp_path: Path) -> None:
+    model = make(pl, Linear(1.0, warmup=100))
+    model.criterion.set_step(50)
+    again = copy.deepcopy(model)
+    fitted(pl, tmp_path, again)
+    assert betas(again)[:2] == [0.5, 0.51]
+
+
 @pytest.mark.parametrize(
     "ramp", [Linear(0.1, warmup=40), Linear(0.1, warmup=0.5, total_steps=80)], ids=str
 )
@@ -242,6 +258,31 @@ def test_resuming_goes_on(pl: Any, tmp_path: Path, accumulate: int) -> None:
     assert betas(first) + betas(second) == betas(whole)
     assert len(set(betas(whole))) > 8
     assert [float(t.rate) for t in second.seen] == [float(t.rate) for t in whole.seen[12:]]
+
+
+@pytest.mark.filterwarnings("ignore:this state dict holds no CLIMB step")
+@pytest.mark.parametrize(
+    "beta", [Linear(0.1, warmup=0.9), TargetRate(3.0, beta=0.01)], ids=["ramp", "target"]
+)
+def test_a_checkpoint_that_has_lost_its_metadata_resumes(
+    pl: Any, tmp_path: Path, beta: Schedule
+) -> None:
+    """As an asynchronous or a sharded one."""
+    whole, first, second = (make(pl, copy.deepcopy(beta)) for _ in range(3))
+    fitted(pl, tmp_path, whole, max_epochs=4)
+
+    class Stop(pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    fit = fitted(pl, tmp_path, first, max_epochs=4, callbacks=[ClimbCallback(), Stop()])
+    fit.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=False)
+    saved["state_dict"] = dict(saved["state_dict"])
+    torch.save(saved, tmp_path / "half.ckpt")
+    trainer(pl, tmp_path, max_epochs=4).fit(second, data(), ckpt_path=str(tmp_path / "half.ckpt"))
+    assert betas(first) + betas(second) == betas(whole)
+    assert len(set(betas(whole))) > 8
 
 
 def hidden_at(*names: str) -> Callable[[Any, float | Schedule], None]:
