@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean
 
 from knn_study.records import Record
@@ -28,25 +28,75 @@ PINNED = 0.05
 Place = tuple[float, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cell:
-    """What became of the runs of a contender in a cell."""
+    """The runs of a contender in a cell, and the accuracy of the untrained networks by seed."""
 
-    place: Place
-    contender: str
-    accuracy: dict[int, float]  # by seed; that of the untrained network if the run diverged
-    collapsed: set[int] = field(default_factory=set)  # diverged, or not above the untrained network
-    uniform: set[int] = field(default_factory=set)  # base loss at ln K
+    row: Row
+    untrained: Mapping[int, float]
+
+    @property
+    def place(self) -> Place:
+        """The values of ``GRID``."""
+        return tuple(getattr(self.row.settings, name) for name in GRID)
+
+    @property
+    def contender(self) -> str:
+        """Its regulariser."""
+        return described(self.row.settings)
+
+    @property
+    def accuracy(self) -> dict[int, float]:
+        """By seed; that of the untrained network if the run diverged."""
+        return {**self.row.validation, **{seed: self.untrained[seed] for seed in self._diverged}}
+
+    @property
+    def collapsed(self) -> set[int]:
+        """The seeds that diverged or are not above the untrained network."""
+        values = self.row.validation.items()
+        return self._diverged | {s for s, v in values if v <= self.untrained.get(s, -math.inf)}
+
+    @property
+    def uniform(self) -> set[int]:
+        """The seeds whose base loss is that of a uniform answer."""
+        log_k = math.log(self.row.settings.prototypes)
+        return {s for s, loss in self.row.base_loss.items() if abs(loss - log_k) <= PINNED}
 
     @property
     def has_collapsed(self) -> bool:
         """With most of its seeds."""
         return 2 * len(self.collapsed) > len(self.accuracy)
 
+    @property
+    def mean(self) -> float:
+        """Of the accuracy, over seeds."""
+        return mean(self.accuracy.values())
+
+    @property
+    def _diverged(self) -> set[int]:
+        return self.row.failed & self.untrained.keys()
+
     def __str__(self) -> str:
         marks = (("collapsed", self.collapsed), ("uniform", self.uniform))
         said = [f"{word} {len(seeds)} of {len(self.accuracy)}" for word, seeds in marks if seeds]
         return ", ".join([spread(self.accuracy), *said])
+
+
+def gathered(
+    records: Sequence[Record], *, twins: Sequence[Record] | None = None
+) -> dict[tuple[Place, str], Cell]:
+    """The cells by place and contender; see :func:`cells`."""
+    idle = untrained(rows(records if twins is None else twins))
+    found: dict[tuple[Place, str], Cell] = {}
+    for row in rows(records):
+        if row.settings.regulariser != "untrained":
+            cell = Cell(row, idle.get(untrained_of(row.settings), {}))
+            if found.setdefault((cell.place, cell.contender), cell) is not cell:
+                raise ValueError(
+                    f"{cell.contender} is twice in the cell {', '.join(map(str, cell.place))} of "
+                    f"{', '.join(GRID)}: choose runs that differ in these and the regulariser alone"
+                )
+    return found
 
 
 def cells(records: Sequence[Record], *, twins: Sequence[Record] | None = None) -> str:
@@ -64,16 +114,7 @@ def cells(records: Sequence[Record], *, twins: Sequence[Record] | None = None) -
     Raises:
         ValueError: If the runs differ in something else.
     """
-    idle = untrained(rows(records if twins is None else twins))
-    by_cell: dict[tuple[Place, str], Cell] = {}
-    for row in rows(records):
-        if row.settings.regulariser != "untrained":
-            cell = _cell(row, idle.get(untrained_of(row.settings), {}))
-            if by_cell.setdefault((cell.place, cell.contender), cell) is not cell:
-                raise ValueError(
-                    f"{cell.contender} is twice in the cell {', '.join(map(str, cell.place))} of "
-                    f"{', '.join(GRID)}: choose runs that differ in these and the regulariser alone"
-                )
+    by_cell = gathered(records, twins=twins)
     places = sorted({place for place, _ in by_cell})
     contenders = list(dict.fromkeys(contender for _, contender in by_cell))
     lines = [
@@ -87,17 +128,6 @@ def cells(records: Sequence[Record], *, twins: Sequence[Record] | None = None) -
     head = ["wrong pairs", "momentum", "teacher temperature", *contenders]
     best = _best(list(by_cell.values()), contenders)
     return "\n".join([markdown(head, lines), "", best, *paragraph(failures(records))])
-
-
-def _cell(row: Row, idle: Mapping[int, float]) -> Cell:
-    place = tuple(getattr(row.settings, name) for name in GRID)
-    diverged = {seed: idle[seed] for seed in row.failed if seed in idle}
-    cell = Cell(place, described(row.settings), {**row.validation, **diverged})
-    at_most = {seed for seed, value in row.validation.items() if value <= idle.get(seed, -math.inf)}
-    cell.collapsed = at_most | diverged.keys()
-    log_k = math.log(row.settings.prototypes)
-    cell.uniform = {seed for seed, loss in row.base_loss.items() if abs(loss - log_k) <= PINNED}
-    return cell
 
 
 def _summary(
@@ -133,14 +163,14 @@ def _best(found: Sequence[Cell], contenders: Sequence[str]) -> str:
     """For each share of wrong pairs, each contender's best cell that has not collapsed."""
     lines = []
     for wrong in sorted({cell.place[0] for cell in found}):
-        best: dict[str, Cell] = {}
-        for cell in found:
-            if cell.place[0] == wrong and not cell.has_collapsed:
-                rival = best.get(cell.contender)
-                if rival is None or _mean(cell) > _mean(rival):
-                    best[cell.contender] = cell
+        best = {
+            name: highest(
+                cell for cell in found if (cell.place[0], cell.contender) == (wrong, name)
+            )
+            for name in contenders
+        }
         plain = best.get("plain")
-        for cell in (best[name] for name in contenders if name in best):
+        for cell in filter(None, best.values()):
             paired = gains(cell.accuracy, plain.accuracy if plain else None)
             over = f"{mean(paired):+.2f}" if paired and cell is not plain else ""
             values = (f"{value:g}" for value in cell.place[1:])
@@ -149,5 +179,7 @@ def _best(found: Sequence[Cell], contenders: Sequence[str]) -> str:
     return markdown([*head, "over DINO's best"], lines)
 
 
-def _mean(cell: Cell) -> float:
-    return mean(cell.accuracy.values())
+def highest(found: Iterable[Cell]) -> Cell | None:
+    """The cell with the highest mean of those that have not collapsed."""
+    trained = [cell for cell in found if cell.accuracy and not cell.has_collapsed]
+    return max(trained, key=lambda cell: cell.mean, default=None)

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from knn_study import options
+from knn_study.candidates import candidates
 from knn_study.cells import cells
-from knn_study.plots import curves, differences, draw
+from knn_study.plots import curves, differences, draw, region
 from knn_study.records import Record, read, settings_of
 from knn_study.report import choices, details, table
 from knn_study.verdicts import verdicts
 from knn_study.where import where
 
 _TABLE = re.compile(
-    r"(<!-- (table|choices|verdicts|details|cells|where): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (table|choices|verdicts|details|cells|candidates|where): (.+?) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 _OF_ANYONE = {"table": table, "choices": choices, "verdicts": verdicts}
-_OF_THE_STUDENT = {"cells": cells, "where": where}
-_PLOT = re.compile(r"<!-- (plot|curves|differences): (\S+) (.+?) -->")
+_OF_THE_STUDENT = {"cells": cells, "candidates": candidates, "where": where}
+_PLOT = re.compile(r"<!-- (plot|curves|differences|region): (\S+) (.+?) -->")
+_ALONE = {"curves": curves, "region": region}
 _OVER_PLAIN = {"plot": draw, "differences": differences}
 
 
@@ -32,8 +35,8 @@ def rewritten(path: Path) -> str:
     Between ``<!-- table: FILE OPTIONS -->`` and ``<!-- end -->`` stands the table of the runs in
     FILE, a path from the report, whose settings are among those of OPTIONS, or of one of several
     OPTIONS between semicolons; ``--who teacher`` or ``--who embedding`` in front takes that
-    accuracy. ``choices``, ``verdicts``, ``details``, ``cells`` and ``where`` in place of ``table``
-    make the tables of those names.
+    accuracy. ``choices``, ``verdicts``, ``details``, ``cells``, ``candidates`` and ``where`` in
+    place of ``table`` make the tables of those names.
     """
 
     def renewed(match: re.Match[str]) -> str:
@@ -55,7 +58,7 @@ def rewrite(path: Path) -> None:
     """Makes the tables of a report anew, and draws the PNG of each ``<!-- plot: PNG FILE ... -->``.
 
     ``curves`` in place of ``plot`` draws the accuracy over epochs, ``differences`` those to plain
-    with their intervals.
+    with their intervals, ``region`` the accuracy in each cell of a grid.
 
     Raises:
         OSError: If one of the files is not there.
@@ -64,8 +67,8 @@ def rewrite(path: Path) -> None:
     text = rewritten(path)
     for kind, target, words in _PLOT.findall(text):
         chosen, twins, who = _chosen(path.parent, words)
-        if kind == "curves":
-            curves(chosen, path.parent / target, who=who)
+        if kind in _ALONE:
+            _ALONE[kind](chosen, path.parent / target, who=who)
         else:
             _OVER_PLAIN[kind](chosen, path.parent / target, who=who, twins=twins)
     unfinished = path.with_name(path.name + ".unfinished")

@@ -1,4 +1,4 @@
-"""Draws the gain over beta, the differences to plain, and k-NN accuracy over the epochs."""
+"""Draws gains over beta, differences to plain, and accuracy over the epochs and in a region."""
 
 from __future__ import annotations
 
@@ -141,5 +141,55 @@ def curves(records: Sequence[Record], path: Path, *, who: str = "student") -> No
     axis.set(xlabel="epoch", ylabel=f"k-NN of the {who}, validation (%)")
     axis.legend(fontsize="x-small")
     figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def region(records: Sequence[Record], path: Path, *, who: str = "student") -> None:
+    """The validation accuracy over teacher momentum: mean and range over seeds.
+
+    A panel for each share of wrong pairs (across) and teacher temperature (down). The untrained
+    network is a dashed line.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = rows(records, who=who)
+    trained = [row for row in found if row.settings.regulariser != "untrained" and row.validation]
+    untrained = [v for r in found if r not in trained for v in r.validation.values()]
+    shares = sorted({row.settings.mismatched for row in trained})
+    temperatures = sorted({row.settings.teacher_temperature for row in trained})
+    momenta = sorted({row.settings.momentum for row in trained})
+    contenders = list(dict.fromkeys(described(row.settings) for row in trained))
+    size = (1 + 3 * len(shares), 1 + 2.5 * len(temperatures))
+    figure, axes = plt.subplots(
+        len(temperatures), len(shares), figsize=size, sharex=True, sharey=True, squeeze=False
+    )
+    for row in trained:
+        own = row.settings
+        axis = axes[temperatures.index(own.teacher_temperature)][shares.index(own.mismatched)]
+        place = contenders.index(described(own))
+        values = row.validation.values()
+        x = momenta.index(own.momentum) + 0.12 * (place - (len(contenders) - 1) / 2)
+        axis.vlines(x, min(values), max(values), color=f"C{place}", linewidth=2)
+        axis.plot(x, mean(values), "o", color=f"C{place}", markersize=4)
+        axis.set_xticks(range(len(momenta)), [f"{value:g}" for value in momenta])
+    for temperature, across in zip(temperatures, axes, strict=True):
+        across[0].set_ylabel(f"teacher temperature {temperature:g}")
+        for share, axis in zip(shares, across, strict=True):
+            if untrained:
+                axis.axhline(mean(untrained), linestyle="--", color="0.5", linewidth=1)
+            axis.set_title(f"{share:.0%} wrong pairs", fontsize="small")
+    for axis in axes[-1]:
+        axis.set_xlabel("teacher momentum")
+    handles = [
+        plt.Line2D([], [], color=f"C{place}", marker="o", markersize=4, label=label)
+        for place, label in enumerate(contenders)
+    ]
+    figure.suptitle(f"k-NN of the {who}, validation (%); dashed: untrained", fontsize="medium")
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize="x-small")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)

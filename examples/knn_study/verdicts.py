@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from statistics import mean
 
@@ -26,8 +26,10 @@ from knn_study.report import (
 from knn_study.settings import Settings
 
 LEVEL = 0.95
+CHOOSING = frozenset(range(3))
+"""Seeds that choose a setting."""
 CONFIRMING = frozenset(range(3, 11))
-"""Seeds that confirm; others may have chosen the setting, or have been added to a result."""
+"""Seeds that confirm it; others have been added to a result."""
 REMEDIES = ("epochs", "lr", "momentum", "teacher_temperature")
 """Settings in which a plain rival may differ: what else one could do to the same data."""
 OF_TRAINING = (*REMEDIES, "optimizer", "weight_decay", "temperature", "mismatched", "every")
@@ -55,8 +57,9 @@ def verdicts(
         who: Whose features.
         twins: Where to look for plain twins and untrained networks; by default in ``records``.
     """
-    known = [_confirming(row) for row in rows(records if twins is None else twins, who=who)]
-    shown = [_confirming(row) for row in rows(records, who=who)]
+    everyone = rows(records if twins is None else twins, who=who)
+    known = [of_seeds(row, CONFIRMING) for row in everyone]
+    shown = [of_seeds(row, CONFIRMING) for row in rows(records, who=who)]
     plain_runs = {_any_looks(r.settings): r for r in known if r.settings.regulariser == "plain"}
     idle = untrained(known)
     tested = [
@@ -82,7 +85,7 @@ def verdicts(
         over = (one.over_best, one.over_untrained, one.over_test)
         against, verdict = ["", ""], one.verdict(p)
         if one in of_climb:
-            against = [one.against(), _p(p_rival[id(one)])]
+            against = [one.against(), p_text(p_rival[id(one)])]
             verdict += one.of_the_rate(p_rival[id(one)]) if verdict == "gain" else ""
         lines.append(
             [
@@ -90,7 +93,7 @@ def verdicts(
                 described(one.row.settings),
                 str(len(one.over_plain)),
                 with_interval(one.over_plain),
-                _p(p),
+                p_text(p),
                 *map(with_interval, over),
                 *against,
                 verdict,
@@ -189,13 +192,13 @@ def _any_looks(settings: Settings) -> Settings:
     return replace(settings, every=Settings().every)
 
 
-def _confirming(row: Row) -> Row:
-    """The row of the confirming seeds alone."""
+def of_seeds(row: Row, seeds: Set[int]) -> Row:
+    """The row of some seeds alone."""
     kept = {
-        name: {seed: value for seed, value in getattr(row, name).items() if seed in CONFIRMING}
+        name: {seed: value for seed, value in getattr(row, name).items() if seed in seeds}
         for name in ("validation", "best", "test", "rate", "base_loss", "made")
     }
-    return replace(row, **kept, failed=row.failed & CONFIRMING)
+    return replace(row, **kept, failed=row.failed & seeds)
 
 
 def _rivals(row: Row, shown: Sequence[Row]) -> list[Row]:
@@ -216,7 +219,8 @@ def _of_the_same(settings: Settings) -> Settings:
     return replace(plain, **{name: getattr(Settings(), name) for name in REMEDIES})
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """A p to print, nothing for None."""
     if value is None:
         return ""
     return f"{value:.3f}" if value >= 0.001 else "< 0.001"

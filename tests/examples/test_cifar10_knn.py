@@ -852,7 +852,7 @@ class TestReport:
             "# A\n<!-- table: runs.jsonl --method simclr -->\nold\n<!-- end -->\nB\n"
             "<!-- table: runs.jsonl --method byol ; --beta 0.01 -->\n<!-- end -->\n"
             "<!-- plot: plot.png runs.jsonl -->\n<!-- curves: curves.png runs.jsonl -->\n"
-            "<!-- differences: over.png runs.jsonl -->\n"
+            "<!-- differences: over.png runs.jsonl -->\n<!-- region: region.png runs.jsonl -->\n"
         )
         assert study.main(["--report", str(path)]) == 0
         text = path.read_text()
@@ -865,7 +865,7 @@ class TestReport:
         # Twins are looked for in the whole file.
         assert "| simclr | climb, beta 0.01 | 1 | 52.00 | +2.00 |" in second
         assert "| byol | plain | 1 | 40.00 |  |" in second
-        for name in ("plot.png", "curves.png", "over.png"):
+        for name in ("plot.png", "curves.png", "over.png", "region.png"):
             with Image.open(tmp_path / name) as picture:
                 assert picture.width > 400
         assert study.main(["--report", str(path)]) == 0
@@ -1081,6 +1081,101 @@ class TestCells:
         assert shown["0 climb, beta 0.01"] == ["0.9", "0.04", "42.00 ± 0.00", "+1.50"]
 
 
+class TestCandidates:
+    """Which cells of CLIMB are confirmed over DINO's best one: here two momenta, 20 % wrong."""
+
+    CONFIRMED = (2.0, 1.4, 2.2, 1.8, 2.3, 1.9, 2.1, 1.6)  # seeds 3 to 10, over DINO's best
+
+    def grid(self, climb: float = 44.0) -> list[Any]:
+        """DINO's best at momentum 0.99, CLIMB's at 0.9."""
+
+        def of(accuracy: float, momentum: float, **values: Any) -> dict[str, Any]:
+            return {"validation": accuracy, "momentum": momentum, **values}
+
+        grid = [
+            of(30.0, 0.99, regulariser="untrained"),
+            of(40.0, 0.99),
+            of(20.0, 0.9),
+            of(41.0, 0.99, regulariser="noise"),
+            of(31.0, 0.9, regulariser="noise"),
+            of(39.0, 0.99, **CLIMB),
+            of(climb, 0.9, **CLIMB),
+        ]
+        common = {"method": "dino", "mismatched": 0.2}
+        return [line(seed=seed, **common, **values) for seed in range(3) for values in grid]
+
+    def confirmed(self) -> list[Any]:
+        common = {"method": "dino", "mismatched": 0.2}
+        best = [line(40.0, seed=seed, momentum=0.99, **common) for seed in range(3, 11)]
+        return best + [
+            line(40.0 + over, seed=seed, momentum=0.9, **common, **CLIMB)
+            for seed, over in enumerate(self.CONFIRMED, start=3)
+        ]
+
+    def row(self, records: list[Any]) -> list[str]:
+        from knn_study.candidates import candidates
+
+        *_, last = candidates(records).splitlines()
+        return last.strip("| ").replace("|  |", "| - |").split(" | ")
+
+    def test_the_choosing_seeds_choose(self) -> None:
+        told = self.row(self.grid())
+        assert told[:4] == [
+            "0.2",
+            "plain, momentum 0.99, teacher temperature 0.04: 40.00 ± 0.00",
+            "noise, momentum 0.99, teacher temperature 0.04: 41.00 ± 0.00",
+            "climb, beta 0.01, momentum 0.9, teacher temperature 0.04: 44.00 ± 0.00",
+        ]
+        assert told[-1] == "open: fewer than 8 seeds"
+
+    @pytest.mark.parametrize("climb", [39.5, 40.5, 41.0])
+    def test_a_candidate_is_above_dinos_best_and_above_the_noises(self, climb: float) -> None:
+        told = self.row(self.grid(climb))
+        assert (told[3], told[-1]) == ("none", "no candidate")
+
+    def test_a_candidate_has_collapsed_with_no_seed(self) -> None:
+        known = self.grid(60.0)
+        known[6]["validation"] = {"student": [29.0]}  # seed 0: below the untrained network
+        assert self.row(known)[-1] == "no candidate"
+
+    def test_the_others_confirm(self) -> None:
+        from knn_study.verdicts import with_interval
+
+        told = self.row(self.grid() + self.confirmed())
+        assert told[3].endswith("44.00 ± 0.00")  # of the seeds that choose alone
+        assert told[4:6] == ["8", with_interval(self.CONFIRMED)]
+        assert told[-1] == "beats DINO"
+
+    def test_holms_correction_is_over_the_shares(self) -> None:
+        from knn_study.candidates import candidates
+        from knn_study.verdicts import p_value
+
+        values = [x - 1.63 for x in self.CONFIRMED]
+        assert 0.025 < p_value(values) < 0.05
+        known = self.grid() + self.confirmed()
+        for one in known[len(self.grid()) + 8 :]:
+            one["validation"]["student"][-1] -= 1.63
+        assert self.row(known)[-1] == "beats DINO"
+        other = [{**one, "settings": {**one["settings"], "mismatched": 0.0}} for one in self.grid()]
+        first, second = candidates(known + other).splitlines()[2:]
+        assert first.startswith("| 0 | ")
+        assert first.endswith("| open: fewer than 8 seeds |")
+        assert second.endswith("| none |")
+
+    def test_what_is_open(self) -> None:
+        known, confirmed = self.grid(), self.confirmed()
+        assert self.row(known[:-1] + confirmed)[-1] == "open: runs that choose are missing"
+        other = {**confirmed[-1], "code": "other"}
+        said = "open: DINO's best has other code or images"
+        assert self.row([*known, *confirmed[:-1], other])[-1] == said
+        failed = {"error": "the loss is nan", "test": {}, "validation": {}, "rate": []}
+        first, *others = confirmed
+        diverged = [*known, {**first, **failed}, *others]
+        assert self.row(diverged)[-1] == "open: DINO's best diverged with seed 3"
+        *others, last = confirmed
+        assert self.row([*known, *others, {**last, **failed}])[-1] == "none: seed 10 diverged"
+
+
 def test_details_are_of_the_last_epoch() -> None:
     from knn_study.report import details
 
@@ -1154,7 +1249,7 @@ def test_the_stored_report_is_made_of_the_stored_lines(name: str) -> None:
     text = (EXAMPLES / name).read_text()
     assert rewritten(EXAMPLES / name) == text
     assert (
-        len(re.findall("<!-- (?:table|choices|verdicts|details|cells|where): ", text))
+        len(re.findall("<!-- (?:table|choices|verdicts|details|cells|candidates|where): ", text))
         == text.count("<!-- end -->")
         >= 3
     )
