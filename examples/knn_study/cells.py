@@ -10,11 +10,11 @@ from statistics import mean
 from knn_study.records import Record
 from knn_study.report import (
     Row,
+    below,
     described,
     failures,
     gains,
     markdown,
-    paragraph,
     rows,
     spread,
 )
@@ -127,7 +127,8 @@ def cells(records: Sequence[Record], *, twins: Sequence[Record] | None = None) -
     lines += _summary(by_cell, places, contenders)
     head = ["wrong pairs", "momentum", "teacher temperature", *contenders]
     best = _best(list(by_cell.values()), contenders)
-    return "\n".join([markdown(head, lines), "", best, *paragraph(failures(records))])
+    ends = below(records, [*failures(records)], who="student")
+    return "\n".join([markdown(head, lines), "", best, "", *ends])
 
 
 def _summary(

@@ -127,7 +127,7 @@ def _table(
     if not found:
         return f"No runs with a {who}."
     by_settings = _by_settings(records if twins is None else twins, who)
-    common, varying = in_common([row.settings for row in found])
+    _, varying = in_common([row.settings for row in found])
     heads = {"validation": ["validation", "gain"], "best": ["best epoch"], "test": ["test", "gain"]}
     shown = [word for name in measures for word in heads[name]]
     head = [*map(named, varying), "regulariser", "seeds", *shown, "base loss", "rate (nats)"]
@@ -144,16 +144,22 @@ def _table(
                 cells.append(_gain(getattr(row, name), getattr(twin, name) if twin else None))
         seeds, ends = str(len(row.test)), [spread(row.base_loss), spread(row.rate)]
         lines.append([*texts(row.settings, varying), described(row.settings), seeds, *cells, *ends])
+    said = [*failures(records)]
+    said += [f"Runs with a twin of other code or images: {others}."] if others else []
+    return "\n".join([markdown(head, lines), "", *below(records, said, who=who)])
+
+
+def below(records: Sequence[Record], said: Sequence[str] = (), *, who: str) -> list[str]:
+    """The lines below a table: what its numbers are, what is to be ``said``, hours and versions."""
+    common, _ = in_common([row.settings for row in rows(records, who=who)])
     seconds = [record["seconds"] for record in records]
-    below = ", ".join(f"{named(name)} {_text(value)}" for name, value in common.items())
-    of_all = [
-        f"k-NN accuracy of the {who} in per cent, mean ± standard deviation over seeds; {below}.",
-        *failures(records),
-        *([f"Runs with a twin of other code or images: {others}."] if others else []),
+    shared = ", ".join(f"{named(name)} {_text(value)}" for name, value in common.items())
+    return [
+        f"k-NN accuracy of the {who} in per cent, mean ± standard deviation over seeds; {shared}.",
+        *said,
         f"{len(records)} runs, {sum(seconds) / 3600:.1f} hours in all, "
         f"median {median(seconds):.0f} s; {_listed(records)}.",
     ]
-    return "\n".join([markdown(head, lines), "", *of_all])
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

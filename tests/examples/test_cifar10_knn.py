@@ -1042,6 +1042,13 @@ class TestCells:
         assert shown["0 0.9"] == ["0.04", "31.00 ± 0.00, uniform 2 of 2", "42.00 ± 0.00"]
         assert shown["0 0.99"] == ["0.04", "40.50 ± 0.71", "29.00 ± 0.00, collapsed 2 of 2"]
 
+    def test_hours_stand_below(self) -> None:
+        from knn_study.cells import cells
+
+        assert (
+            cells(self.grid()).splitlines()[-1].startswith("10 runs, 0.0 hours in all, median 10 s")
+        )
+
     def test_mean_worst_and_number(self) -> None:
         shown = self.cells(self.grid())
         assert shown["mean of 2 cells "] == ["", "35.75", "35.50"]
