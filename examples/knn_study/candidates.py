@@ -29,7 +29,8 @@ def candidates(records: Sequence[Record], *, twins: Sequence[Record] | None = No
     A cell of CLIMB is a candidate if none of its runs has collapsed, and its mean is above DINO's
     best and above the noise's. That with the highest mean is confirmed on seeds 3 to 10: it beats
     DINO if its paired mean over DINO's best is above 0, with p < 0.05 by the two-sided t-test after
-    Holm's correction over the shares. The intervals are those of single lines.
+    Holm's correction over the shares, those without a candidate too. The intervals are those of
+    single lines.
 
     Args:
         records: As for :func:`cells.cells`, of all seeds.

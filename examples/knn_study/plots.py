@@ -158,7 +158,8 @@ def region(records: Sequence[Record], path: Path, *, who: str = "student") -> No
 
     found = rows(records, who=who)
     trained = [row for row in found if row.settings.regulariser != "untrained" and row.validation]
-    untrained = [v for r in found if r not in trained for v in r.validation.values()]
+    idle = [row for row in found if row.settings.regulariser == "untrained"]
+    untrained = [value for row in idle for value in row.validation.values()]
     shares = sorted({row.settings.mismatched for row in trained})
     temperatures = sorted({row.settings.teacher_temperature for row in trained})
     momenta = sorted({row.settings.momentum for row in trained})

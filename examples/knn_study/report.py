@@ -149,7 +149,7 @@ def _table(
     return "\n".join([markdown(head, lines), "", *below(records, said, who=who)])
 
 
-def below(records: Sequence[Record], said: Sequence[str] = (), *, who: str) -> list[str]:
+def below(records: Sequence[Record], said: Sequence[str], *, who: str) -> list[str]:
     """The lines below a table: what its numbers are, what is to be ``said``, hours and versions."""
     common, _ = in_common([row.settings for row in rows(records, who=who)])
     seconds = [record["seconds"] for record in records]
