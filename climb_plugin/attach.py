@@ -173,6 +173,9 @@ class _Hung:
     def _enter(self, module: nn.Module, args: _Args, kwargs: _Kwargs) -> _Inputs | None:
         if self.place.is_shared:
             self._inside = True
+        # The mode is the module's: a dropout that hosts the head may be in another one.
+        if not module.training and self.head.training and not torch.compiler.is_compiling():
+            self.head.eval()
         # Not the head's mode: train() no longer reaches a head that was lost.
         trains = module.training and torch.is_grad_enabled()
         # A replica has the original's hooks but layers of its own; `_sampled` refuses replicas.
@@ -238,7 +241,7 @@ class _Hung:
             )
         if not host.training:  # a dropout, say, that is kept in eval(): the module trains
             self.head.train()
-        if self.place.before or not self.place.path:
+        if self.place.before:
             return
         try:
             part = module.get_submodule(self.place.path)

@@ -185,7 +185,7 @@ class Climb:
             state["schedule"] = {type(self.schedule).__name__: copied(own)}
         if self.schedule.needs_rate:
             state["rates"] = self._rates.state()
-        state["noise"] = list(noise.position() or (0, 0))
+        state["noise"] = list(noise.position())
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:

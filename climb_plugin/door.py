@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -157,7 +157,10 @@ class Door(nn.Module):
         if _depends(value, heads):
             raise AttributeError(_past_the_door(name))
         method = inspect.getattr_static(type(self.base), name, None)
-        if not isinstance(method, (FunctionType, staticmethod, classmethod)):
+        # Bound methods as well: a compiled loss has those of the loss within.
+        if not isinstance(method, (FunctionType, staticmethod, classmethod)) and not isinstance(
+            value, MethodType
+        ):
             return value
 
         @functools.wraps(value)

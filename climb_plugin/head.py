@@ -168,7 +168,7 @@ class GaussianHead(nn.Module):
     def _note_mean(self) -> None:
         if torch.is_grad_enabled():
             self._note("eval")
-        elif self.training and not in_function_forward():
+        elif not in_function_forward():
             self._note("no_grad")
         elif self.training and self.logvar.bias.requires_grad:
             self._note("function")

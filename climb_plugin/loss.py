@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from climb_plugin._graph.sample import Sample
 from climb_plugin._graph.walk import samples_behind
-from climb_plugin._torch import is_batched
+from climb_plugin._torch import in_function_forward, is_batched
 from climb_plugin.attach import Attached
 from climb_plugin.checks import checked_scalar
 from climb_plugin.climb import Climb
@@ -23,7 +23,7 @@ from climb_plugin.schedule import Schedule
 from climb_plugin.settings import Settings
 from climb_plugin.terms import detached_terms
 
-Heads: TypeAlias = GaussianHead | Attached | Sequence[GaussianHead | Attached]
+Heads: TypeAlias = GaussianHead | Attached | Iterable[GaussianHead | Attached]
 
 
 class ClimbLoss(Door):
@@ -98,7 +98,7 @@ class ClimbLoss(Door):
             )
         say_what_is_the_modules(base)
         settings = Settings(beta=beta, alpha=alpha, prior=prior, views=views, free_nats=free_nats)
-        items = tuple(heads) if isinstance(heads, Sequence) else (heads,)
+        items = tuple(heads) if isinstance(heads, Iterable) else (heads,)
         checked = _checked_heads(items)
         priors = make_priors(prior, [head.out_features for head in checked], views=views)
         if not isinstance(prior, Prior):  # made here, so for where the heads are
@@ -121,7 +121,8 @@ class ClimbLoss(Door):
 
         Raises:
             RuntimeError: If the base loss depends on no sample of a head that trains; if a target
-                rate meets the ``join()`` of DistributedDataParallel; under vmap.
+                rate meets the ``join()`` of DistributedDataParallel; under vmap; within a reentrant
+                checkpoint.
             TypeError: If the base loss returns no tensor.
             ValueError: If the base loss returns more than a scalar; if a prior that compares views
                 finds views that do not pair up; if a term is NaN or infinite: the message names the
@@ -276,6 +277,12 @@ def _with_bottleneck(
 def _samples(value: Tensor, climb: Climb) -> list[list[Sample]]:
     """For each head the samples behind a value; none in evaluation."""
     heads = climb.heads
+    if in_function_forward() and any(head.training for head in heads):
+        raise RuntimeError(
+            "a ClimbLoss is called in the forward of an autograd function, as a reentrant "
+            "checkpoint is one: no graph tells there which samples the loss depends on. Checkpoint "
+            "with use_reentrant=False, or call the criterion outside."
+        )
     if not heads or not torch.is_grad_enabled():
         return [[] for _ in heads]
     samples = samples_behind(value, set(heads))

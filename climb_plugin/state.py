@@ -16,7 +16,7 @@ from climb_plugin.distributed import beside
 
 def checked_state(
     state: Any, config: Collection[str]
-) -> tuple[int, tuple[int, int] | None, StepRates, Mapping[str, Any]]:
+) -> tuple[int, tuple[int, int], StepRates, Mapping[str, Any]]:
     """Step, place in the noise, rates, and schedules of a criterion's state.
 
     Args:
@@ -36,10 +36,10 @@ def checked_state(
     )
 
 
-def checked_position(saved: Any) -> tuple[int, int] | None:
+def checked_position(saved: Any) -> tuple[int, int]:
     """A place in the noise, as :func:`climb_plugin._graph.noise.position` returns one."""
-    if saved is None:
-        return None
+    if saved is None:  # as of a random state that never comes
+        return 0, 0
     if not (
         isinstance(saved, Sequence)
         and len(saved) == 2
@@ -48,7 +48,7 @@ def checked_position(saved: Any) -> tuple[int, int] | None:
         raise ValueError(
             f"the noise in the state of a ClimbLoss is two ints of 0 or more, got {saved!r}."
         )
-    return (saved[0], saved[1]) if saved[1] else None
+    return saved[0], saved[1]
 
 
 def checked_schedules(saved: Any) -> Mapping[str, Any]:

@@ -317,6 +317,18 @@ class TestTheLayerThatHoldsTheHead:
         wrap(square, student=student, beta=1e-3)
         assert gaussian_in(student) == {"mlp.1"}
 
+    def test_a_dropout_that_is_on_in_evaluation(self) -> None:
+        """Monte Carlo dropout: the head has the mode of the module, not of its host."""
+        dropout = nn.Dropout(0)
+        student, rows = nn.Sequential(nn.Linear(16, 8), dropout), torch.randn(64, 16)
+        mean = student(rows)
+        loss = wrap(square, student=student, beta=1e-3)
+        assert gaussian_in(student) == {"1"}
+        student.eval()
+        dropout.train()
+        assert torch.equal(student(rows), mean)
+        assert_rate(loss, student.train(), rows, mean)
+
     def test_an_activation_that_the_backbone_has_too(self) -> None:
         act = nn.ReLU()
         backbone = nn.Sequential(nn.Linear(16, 16), act)
@@ -445,6 +457,15 @@ class TestTheHostIsTakenApartAfterwards:
         mean = F.batch_norm(student(rows), None, None, training=True)
         loss = wrap(square, student=student, beta=1e-3)
         student.append(nn.BatchNorm1d(8, affine=False))
+        assert_rate(loss, student, rows, mean)
+
+    @pytest.mark.parametrize("finish", [same, normalised])
+    def test_forward_hooks_are_cleared(self, finish: Any) -> None:
+        student, rows = Net(finish=finish), torch.randn(64, 16)
+        mean = embedded(student, rows)
+        loss = wrap(square, student=student, beta=1e-3)
+        for part in student.modules():
+            part._forward_hooks.clear()
         assert_rate(loss, student, rows, mean)
 
     @pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])

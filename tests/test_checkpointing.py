@@ -546,6 +546,24 @@ def test_a_trained_head_in_a_reentrant_checkpoint_is_refused_at_the_loss(
         shallow(run, use)
 
 
+@pytest.mark.parametrize("proven", [False, True])
+def test_so_is_a_criterion_in_one(proven: bool) -> None:
+    """No graph tells there what the loss depends on: it would be the base loss, without a word."""
+    torch.manual_seed(0)
+    net = Net()
+    loss = make_loss(net)
+    if proven:
+        loss(*outputs(net, views())).backward()
+    outs = outputs(net, views())
+    expected = loss(*outs)
+    assert torch.equal(not_reentrant(loss, *outs), expected)
+    with pytest.raises(RuntimeError, match=r"a ClimbLoss is called in .*use_reentrant=False"):
+        reentrant(loss, *outs)
+    net.eval()
+    value = reentrant(loss, *(out.detach().requires_grad_() for out in outs))
+    assert torch.equal(value, loss.base(*outs))
+
+
 def test_it_is_refused_in_backward_at_the_latest() -> None:
     """Where no criterion sees it: a loss of another kind beside it."""
     torch.manual_seed(0)

@@ -274,6 +274,11 @@ class TestMethods:
         with pytest.raises(RuntimeError, match="masked of the base loss depends on a sample"):
             loss.masked(sample)
 
+    def test_so_do_those_of_a_compiled_base(self) -> None:
+        loss = make(torch.compile(Base(), backend="eager"))
+        with pytest.raises(RuntimeError, match=r"parts of the base .*criterion\.base\.parts"):
+            loss.parts(loss.heads[0](torch.randn(5, 4)), kind="dict")
+
     def test_so_does_an_attribute_that_depends_on_one(self) -> None:
         class Keeping(nn.Module):
             def forward(self, z: Tensor) -> Tensor:

@@ -139,6 +139,22 @@ def test_evaluation_needs_no_length_of_the_training(context: Callable[[], Any]) 
         loss(student(rows), rows[:, :4])
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_loss_of_outputs_that_an_evaluation_collected(trained: bool) -> None:
+    """The helper that collects them puts the model back into training mode before the loss."""
+    student, rows = sequential(), torch.randn(6, 8)
+    loss = wrap(square, student=student, beta=1e-3)
+    if trained:
+        loss(student(rows)).backward()
+    student.eval()
+    with torch.no_grad():
+        collected = student(rows)
+    student.train()
+    assert torch.equal(loss(collected), square(collected))
+    loss(student(rows)).backward()
+    assert loss.terms.rate > 0
+
+
 def test_forward_may_be_called_directly() -> None:
     """The criterion's, and that of a module whose layer is sampled, as lightly's DINOv2 has it."""
 

@@ -358,6 +358,14 @@ def test_wrong_options(options: dict[str, Any], error: type[Exception], message:
         make(**options)
 
 
+@pytest.mark.parametrize(
+    "kind", [nn.ModuleList, iter, lambda heads: dict(enumerate(heads)).values()]
+)
+def test_heads_in_any_collection(kind: Callable[[list[GaussianHead]], Any]) -> None:
+    heads = [GaussianHead(6), GaussianHead(6)]
+    assert make(heads=kind(heads)).heads == tuple(heads)
+
+
 @pytest.mark.parametrize("step", [-1, 1.5, True])
 def test_set_step_of_something_else(step: object) -> None:
     with pytest.raises(ValueError, match="step must be an int of 0 or more, got"):

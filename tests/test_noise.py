@@ -268,6 +268,40 @@ def test_k_resumes_to_the_bit_between_two_draws_of_one_state() -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("drawn", [0, 3])
+@pytest.mark.parametrize("into", ["itself", "another"])
+def test_a_state_of_an_earlier_epoch_brings_back_no_noise(drawn: int, into: str) -> None:
+    """As a roll-back or a best-so-far teacher loads one; the random state moves by the epoch."""
+    net = model()
+    loss = ClimbLoss(lambda z: z.square().mean(), heads=net[1], beta=1e-3)
+    draws = [noise_of(net) for _ in range(drawn)]
+    saved = loss.climb_state()
+    torch.rand(1)
+    draws += [noise_of(net) for _ in range(3)]
+    other = loss if into == "itself" else copy.deepcopy(loss)
+    other.load_climb_state(saved)
+    assert_independent([*draws, *(noise_of(net) for _ in range(3))])
+
+
+@pytest.mark.parametrize("loaded_first", [True, False])
+def test_a_state_that_is_saved_anew_before_any_draw_is_the_same(loaded_first: bool) -> None:
+    net = model()
+    loss = ClimbLoss(lambda z: z.square().mean(), heads=net[1], beta=1e-3)
+    noise_of(net)
+    saved, state = loss.climb_state(), torch.get_rng_state()
+    expected = noise_of(net)
+
+    torch.manual_seed(7)
+    noise_of(net)
+    for load in (True, False) if loaded_first else (False, True):
+        loss.load_climb_state(saved) if load else torch.set_rng_state(state)
+    assert loss.climb_state() == saved
+    assert torch.equal(noise_of(net), expected)
+    torch.rand(1)
+    torch.set_rng_state(state)
+    assert not torch.equal(noise_of(net), expected)  # that position has been taken up
+
+
 def test_a_checkpoint_saved_within_a_fork_leaves_the_noise() -> None:
     """An evaluation that keeps torch's random state, and saves the criterion."""
     net = model()

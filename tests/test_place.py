@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -217,6 +218,74 @@ def test_what_deepcopy_refuses_is_in_the_way_only_if_the_module_needs_it() -> No
         ValueError, match=r"Net\.writer cannot be copied.*after the loss is wrapped"
     ):
         wrap(square, student=locked, beta=1e-3)
+
+
+def forward_replaced(head: Net) -> None:
+    """As precision and profiling wrappers do; a decorator in a decorator."""
+    inner = head.forward
+
+    def middle(x: Tensor) -> Tensor:
+        return inner(x.float())
+
+    head.forward = lambda x, *, scale=1.0: scale * middle(x)  # type: ignore[method-assign,misc]
+
+
+def function_of_layers(head: Net) -> None:
+    head.embed = lambda _, x: head.norm(head.last(head.hidden(x).relu()))
+
+
+def recursive(head: Net) -> None:
+    def forward(x: Tensor, times: int = 1) -> Tensor:
+        return forward(x, times - 1) if times else old(x)
+
+    old, head.forward = head.forward, forward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [forward_replaced, function_of_layers, recursive])
+def test_functions_over_the_very_module_run_the_copy(change: Callable[[Net], None]) -> None:
+    """A deepcopy shares functions: the module itself would run, and its statistics would move."""
+    head = Net(embedded_and_normed, scored)
+    change(head)
+    seen: list[object] = []
+    head.last.register_forward_hook(lambda *_: seen.append(1))
+    before, rows = states(head), torch.randn(12, 16)
+    wrap(square, student=head, beta=0)
+    loss = wrap(square, student=head, beta=1e-3)
+    assert states(unwrapped := copy.deepcopy(head).requires_grad_(False)) != before  # the head
+    assert not seen
+    assert head.calls == 0
+    given, _, _ = sampled(loss, head, rows)
+    assert torch.equal(given, embedded_and_normed(unwrapped, rows))
+
+
+def test_a_copy_that_would_run_the_module_itself_is_refused() -> None:
+    class Called:
+        """Beyond what a copy can be made to close over: as compiled code, or a weak reference."""
+
+        def __init__(self, head: nn.Module) -> None:
+            self.head = weakref.ref(head)
+
+        def __call__(self, x: Tensor) -> Tensor:
+            head: Any = self.head()
+            return unit(embedded_and_normed(head, x))
+
+    for change in (Called, lambda head: torch.compile(head.forward, backend="eager")):
+        head = Net(embedded_and_normed, normalised)
+        head.forward = change(head)  # type: ignore[method-assign]
+        seen: list[object] = []
+        head.hidden.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        before = states(head)
+        with pytest.raises(ValueError, match=r"ran a Linear of the original.*Wrap the loss before"):
+            wrap(square, student=head, beta=1e-3)
+        assert states(head) == before
+        assert not seen
+
+
+def test_a_module_of_python_may_be_an_attribute() -> None:
+    head = Net()
+    head.functional = F
+    loss = wrap(square, student=head, beta=1e-3)
+    assert loss(head(torch.randn(4, 16))).requires_grad
 
 
 @pytest.mark.parametrize("size", [1e-2, 1.0, 1e4])

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from climb_plugin._graph.sample import Sample
 
 # Of this process: a digest of torch's generator state at the last look, the number of draws since
-# that state came about, and the number of restarts of the count.
+# that state came about, the number of restarts of the count, and a loaded position whose state has
+# not come yet.
 _state: int | None = None
 _drawn = 0
 _run = 0
+_awaited = (0, 0)
 
 
 class Seed(NamedTuple):
@@ -74,24 +76,38 @@ def normal(seed: Seed, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
-def position() -> tuple[int, int] | None:
-    """Random state and count of draws for a checkpoint; None if torch's random state suffices."""
+def position() -> tuple[int, int]:
+    """Random state and count of draws in that state, for a checkpoint."""
     # Nothing is written: a checkpoint may be saved within fork_rng(), whose state goes again.
-    return (_state, _drawn) if _state is not None and _drawn and _state == _now() else None
+    state = _now()
+    return state, _drawn_in(state)
 
 
-def restore(saved: tuple[int, int] | None) -> None:
-    """Goes on from a :func:`position`, once torch's random state is the same again."""
-    global _state, _drawn
-    _state, _drawn = (None, 0) if saved is None else saved
+def restore(saved: tuple[int, int]) -> None:
+    """Goes on from a :func:`position`, once torch's random state is the same again.
+
+    Until then the present count goes on: starting anew would bring back noise that has been used.
+    """
+    global _state, _drawn, _awaited
+    if saved[0] == _now():
+        _state, _drawn = saved
+    else:
+        _awaited = saved
 
 
 def _look() -> int:
-    global _state, _drawn
+    global _state, _drawn, _awaited
     state = _now()
     if state != _state:
-        _state, _drawn = state, 0
+        _state, _drawn = state, _drawn_in(state)
+        _awaited = _awaited if _awaited[0] != state else (0, 0)
     return state
+
+
+def _drawn_in(state: int) -> int:
+    if state == _state:
+        return _drawn
+    return _awaited[1] if state == _awaited[0] else 0
 
 
 def _now() -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from contextlib import suppress
 from dataclasses import is_dataclass
-from types import SimpleNamespace
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ def copied(module: nn.Module, *, parameters: bool) -> nn.Module:
     """A copy in training mode, without hooks; the parameters are copied too, or shared.
 
     Half precision becomes float32: rounding would blur the comparison of outputs. Of containers
-    whose items cannot be copied, as outputs with a graph, the copy has the same items. Raises a
-    ValueError for other attributes that cannot be copied.
+    whose items cannot be copied, as outputs with a graph, the copy has the same items. Functions
+    among the attributes (a replaced ``forward``) close over the copy. Raises a ValueError for other
+    attributes that cannot be copied.
     """
     memo: dict[int, Any] = without_hooks(module)
     for part in module.modules():
@@ -43,7 +45,36 @@ def copied(module: nn.Module, *, parameters: bool) -> nn.Module:
         for name, value in vars(part).items():
             if name not in _OF_TORCH and not isinstance(value, nn.Module):
                 _note(f"{type(part).__name__}.{name}", value, memo)
-    return copy.deepcopy(module, memo).train()
+    made = copy.deepcopy(module, memo).train()
+    for part in made.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, FunctionType):
+                vars(part)[name] = _closed_over_copies(value, memo)
+    return made
+
+
+def _closed_over_copies(value: Any, memo: dict[int, Any]) -> Any:
+    """A module, method or function as the copy has it; deepcopy shares functions."""
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _closed_over_copies(value.__self__, memo))
+    if not isinstance(value, FunctionType) or not value.__closure__:
+        return value
+    # Torch's own close over compiled code, which must not be compiled for every copy.
+    if value.__globals__.get("__name__", "").startswith("torch."):
+        return value
+    if id(value) not in memo:
+        cells = tuple(CellType() for _ in value.__closure__)
+        made = FunctionType(
+            value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+        )
+        made.__kwdefaults__ = value.__kwdefaults__
+        memo[id(value)] = made  # before the cells, one of which may hold the function itself
+        for cell, there in zip(cells, value.__closure__, strict=True):
+            with suppress(ValueError):  # an empty one
+                cell.cell_contents = _closed_over_copies(there.cell_contents, memo)
+    return memo[id(value)]
 
 
 def _note(name: str, value: Any, memo: dict[int, Any]) -> None:
@@ -58,7 +89,8 @@ def _note(name: str, value: Any, memo: dict[int, Any]) -> None:
             memo[id(value)] = torch.Generator(value.device).set_state(value.get_state())
         elif isinstance(value, _CONTAINERS) or is_dataclass(value):
             memo[id(value)] = copy.copy(value)
-        elif type(value).__module__.startswith("torch."):  # a process group, say
+        elif isinstance(value, ModuleType) or type(value).__module__.startswith("torch."):
+            # torch.nn.functional, or a process group
             memo[id(value)] = value
         else:
             raise ValueError(

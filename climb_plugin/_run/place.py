@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 from climb_plugin._run.copied import YOURSELF, copied
@@ -104,7 +106,9 @@ def _probe(module: nn.Module) -> _Probe:
     errors = []
     for width in widths:
         try:
-            return _Probe(stand_in, width)
+            return _Probe(stand_in, width, set(module.modules()))
+        except _OriginalRunsError:
+            raise
         except Exception as error:  # a user's module may raise anything
             errors.append(f"({_ROWS}, {width}): {error}")
     heads = [name for name, child in module.named_children() if _input_widths(child)]
@@ -124,6 +128,17 @@ def _input_widths(module: nn.Module) -> list[int]:
     return list(dict.fromkeys([*layers, *matrices, *vectors]))
 
 
+class _OriginalRunsError(ValueError):
+    """A copy of a module has run a part of the module itself."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__(
+            "a copy of the projection head is run to find where the embedding is, and the copy ran "
+            f"a {type(part).__name__} of the original: some function holds the original, as after "
+            "head.forward = torch.compile(head.forward). Wrap the loss before you set that."
+        )
+
+
 class _Probe:
     """Runs copies of a module, which share its parameters, on a few random rows.
 
@@ -131,11 +146,12 @@ class _Probe:
     submodules that ran more than once: a hook could not tell the runs apart.
     """
 
-    def __init__(self, module: nn.Module, width: int) -> None:
+    def __init__(self, module: nn.Module, width: int, originals: Set[nn.Module]) -> None:
         parameter = next(module.parameters())
         generator = torch.Generator(device="cpu").manual_seed(0)
         rows = torch.randn(_ROWS, width, generator=generator, device="cpu")
         self._module = module
+        self._originals = originals
         self.rows = rows.to(parameter.device, widened(parameter.flatten()[:0]).dtype)
         self.widths: dict[str, int] = {}
         self._unit_inputs: list[str] = []
@@ -152,7 +168,7 @@ class _Probe:
         for name, part in watched.named_modules():
             if name:
                 part.register_forward_hook(lambda _, *seen, path=name: watch(path, *seen))
-        self.output = _run(watched, self.rows)
+        self.output = _run(watched, self.rows, originals)
         self.widths = {path: n for path, n in self.widths.items() if calls[path] == 1}
 
     def is_before_normalisation(self, path: str | None) -> bool:
@@ -229,17 +245,32 @@ class _Probe:
 
     def _outcome(self, module: nn.Module, rows: Tensor) -> Any:
         try:
-            return _run(module, rows)
+            return _run(module, rows, self._originals)
         except Exception:  # a user's module may refuse such values
             return torch.full_like(self.output, torch.nan)
 
 
-def _run(module: nn.Module, rows: Tensor) -> Any:
+@contextmanager
+def _unused(originals: Set[nn.Module]) -> Iterator[None]:
+    """Raises before one of these modules runs, whose hooks and statistics are not to be touched."""
+
+    def refuse(part: nn.Module, _: object) -> None:
+        if part in originals:
+            raise _OriginalRunsError(part)
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _run(module: nn.Module, rows: Tensor, originals: Set[nn.Module]) -> Any:
     # Each run draws the same numbers, should the module draw any.
     forked = torch.random.fork_rng([rows.device] if rows.is_cuda else [])
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.no_grad(), forked, no_global_hooks():
+        with torch.no_grad(), forked, no_global_hooks(), _unused(originals):
             return module(rows)
     finally:
         random.setstate(states[0])
