@@ -18,6 +18,7 @@ from torch._export.verifier import SpecViolationError
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from toys import rates, square
 
 from climb_plugin import ClimbLoss, GaussianHead, wrap
 from climb_plugin._graph.sample import alive
@@ -350,6 +351,30 @@ def test_a_wrapped_projection() -> None:
     expected = gradients(lambda model: model)
     seen = gradients(lambda model: torch.compile(model, backend="aot_eager"))
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("run_before", [False, True])
+def test_a_projection_with_a_compiled_part(run_before: bool) -> None:
+    projection, rows = embedded_by_compiled_code(), torch.randn(16, WIDTH)
+    if run_before:
+        projection(rows)
+    mean = copy.deepcopy(projection.last)(copy.deepcopy(projection.body)(rows))
+    loss = wrap(square, student=projection, beta=0.1)
+    loss(projection(rows)).backward()
+    torch.testing.assert_close(loss.terms.rate, rates(mean).mean(), rtol=1e-4, atol=0.0)
+
+
+def embedded_by_compiled_code() -> Any:
+    class Projection(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.compile(nn.Linear(WIDTH, WIDTH), backend="aot_eager")
+            self.last = nn.Linear(WIDTH, 4)
+
+        def forward(self, view: Tensor) -> Tensor:
+            return F.normalize(self.last(self.body(view)), dim=-1)
+
+    return Projection()
 
 
 class Autocast(nn.Module):

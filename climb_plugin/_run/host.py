@@ -62,8 +62,11 @@ def _choices(module: nn.Module, path: str) -> list[str]:
         if not _runs_what_it_holds(part)
         and not any(f"{name}.".startswith(beginning) for beginning in lists)
     ]
+    # Not any(children): a compiled one asks the module within for a length, as its truth.
     leaves = [
-        (name, part) for name, part in layers if parts.count(part) == 1 and not any(part.children())
+        (name, part)
+        for name, part in layers
+        if parts.count(part) == 1 and not list(part.children())
     ]
     free = [(name, part) for name, part in leaves if not any(True for _ in named_tensors(part))]
     kinds = [

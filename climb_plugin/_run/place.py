@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 from climb_plugin._run.copied import YOURSELF, copied
@@ -52,10 +51,11 @@ def find_place(module: nn.Module, *, at: str) -> Place:
     a ValueError if the place cannot be told, or nothing can go there.
     """
     checked_choice("at", at, PLACES)
-    probe = _probe(module)
-    if at == "features":
-        return Place("", True, probe.rows.shape[-1])
-    return _end_of_projection(probe, module)
+    with _not_run(module):
+        probe = _probe(module)
+        if at == "features":
+            return Place("", True, probe.rows.shape[-1])
+        return _end_of_projection(probe, module)
 
 
 def _end_of_projection(probe: _Probe, module: nn.Module) -> Place:
@@ -106,7 +106,7 @@ def _probe(module: nn.Module) -> _Probe:
     errors = []
     for width in widths:
         try:
-            return _Probe(stand_in, width, set(module.modules()))
+            return _Probe(stand_in, width)
         except _OriginalRunsError:
             raise
         except Exception as error:  # a user's module may raise anything
@@ -131,12 +131,26 @@ def _input_widths(module: nn.Module) -> list[int]:
 class _OriginalRunsError(ValueError):
     """A copy of a module has run a part of the module itself."""
 
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__(
+
+@contextmanager
+def _not_run(original: nn.Module) -> Iterator[None]:
+    """Raises before a part of the original runs, whose hooks and statistics are not to be touched.
+
+    Not by a hook of all modules: torch warns of these in compiled code.
+    """
+
+    def refuse(part: nn.Module, _: object) -> None:
+        raise _OriginalRunsError(
             "a copy of the projection head is run to find where the embedding is, and the copy ran "
             f"a {type(part).__name__} of the original: some function holds the original, as after "
             "head.forward = torch.compile(head.forward). Wrap the loss before you set that."
         )
+
+    with ExitStack() as stack:
+        for part in original.modules():
+            handle = part.register_forward_pre_hook(refuse, prepend=True)
+            stack.callback(handle.remove)
+        yield
 
 
 class _Probe:
@@ -146,12 +160,11 @@ class _Probe:
     submodules that ran more than once: a hook could not tell the runs apart.
     """
 
-    def __init__(self, module: nn.Module, width: int, originals: Set[nn.Module]) -> None:
+    def __init__(self, module: nn.Module, width: int) -> None:
         parameter = next(module.parameters())
         generator = torch.Generator(device="cpu").manual_seed(0)
         rows = torch.randn(_ROWS, width, generator=generator, device="cpu")
         self._module = module
-        self._originals = originals
         self.rows = rows.to(parameter.device, widened(parameter.flatten()[:0]).dtype)
         self.widths: dict[str, int] = {}
         self._unit_inputs: list[str] = []
@@ -168,7 +181,7 @@ class _Probe:
         for name, part in watched.named_modules():
             if name:
                 part.register_forward_hook(lambda _, *seen, path=name: watch(path, *seen))
-        self.output = _run(watched, self.rows, originals)
+        self.output = _run(watched, self.rows)
         self.widths = {path: n for path, n in self.widths.items() if calls[path] == 1}
 
     def is_before_normalisation(self, path: str | None) -> bool:
@@ -245,32 +258,17 @@ class _Probe:
 
     def _outcome(self, module: nn.Module, rows: Tensor) -> Any:
         try:
-            return _run(module, rows, self._originals)
+            return _run(module, rows)
         except Exception:  # a user's module may refuse such values
             return torch.full_like(self.output, torch.nan)
 
 
-@contextmanager
-def _unused(originals: Set[nn.Module]) -> Iterator[None]:
-    """Raises before one of these modules runs, whose hooks and statistics are not to be touched."""
-
-    def refuse(part: nn.Module, _: object) -> None:
-        if part in originals:
-            raise _OriginalRunsError(part)
-
-    handle = register_module_forward_pre_hook(refuse)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _run(module: nn.Module, rows: Tensor, originals: Set[nn.Module]) -> Any:
+def _run(module: nn.Module, rows: Tensor) -> Any:
     # Each run draws the same numbers, should the module draw any.
     forked = torch.random.fork_rng([rows.device] if rows.is_cuda else [])
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.no_grad(), forked, no_global_hooks(), _unused(originals):
+        with torch.no_grad(), forked, no_global_hooks():
             return module(rows)
     finally:
         random.setstate(states[0])
