@@ -302,6 +302,19 @@ def test_a_state_that_is_saved_anew_before_any_draw_is_the_same(loaded_first: bo
     assert not torch.equal(noise_of(net), expected)  # that position has been taken up
 
 
+def test_a_loaded_state_is_void_if_its_random_state_does_not_come() -> None:
+    """A later run of the same seed comes by that state, and must not begin in its middle."""
+    net = model()
+    loss = ClimbLoss(lambda z: z.square().mean(), heads=net[1], beta=1e-3)
+    state, first = torch.get_rng_state(), noise_of(net)
+    saved = loss.climb_state()
+    torch.manual_seed(7)
+    loss.load_climb_state(saved)
+    noise_of(net)
+    torch.set_rng_state(state)
+    assert torch.equal(noise_of(net), first)
+
+
 def test_a_checkpoint_saved_within_a_fork_leaves_the_noise() -> None:
     """An evaluation that keeps torch's random state, and saves the criterion."""
     net = model()

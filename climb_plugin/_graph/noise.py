@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from climb_plugin._graph.sample import Sample
 
 # Of this process: a digest of torch's generator state at the last look, the number of draws since
-# that state came about, the number of restarts of the count, and a loaded position whose state has
-# not come yet.
+# that state came about, the number of restarts of the count, and a loaded position, of which the
+# next draw tells whether that state has come.
 _state: int | None = None
 _drawn = 0
 _run = 0
@@ -84,9 +84,9 @@ def position() -> tuple[int, int]:
 
 
 def restore(saved: tuple[int, int]) -> None:
-    """Goes on from a :func:`position`, once torch's random state is the same again.
+    """Goes on from a :func:`position`, if torch's random state is the same at the next draw.
 
-    Until then the present count goes on: starting anew would bring back noise that has been used.
+    Otherwise the present count goes on: starting anew would bring back noise that has been used.
     """
     global _state, _drawn, _awaited
     if saved[0] == _now():
@@ -100,7 +100,7 @@ def _look() -> int:
     state = _now()
     if state != _state:
         _state, _drawn = state, _drawn_in(state)
-        _awaited = _awaited if _awaited[0] != state else (0, 0)
+    _awaited = (0, 0)  # else a later run in this process might come by that state
     return state
 
 
