@@ -281,6 +281,16 @@ def test_a_copy_that_would_run_the_module_itself_is_refused() -> None:
         assert not seen
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_part_is_refused() -> None:
+    head = Net()
+    head.hidden = torch.jit.script(head.hidden)
+    before = states(head)
+    with pytest.raises(ValueError, match=r"cannot be copied.*put a GaussianHead\(width\) into it"):
+        wrap(square, student=head, beta=1e-3)
+    assert states(head) == before
+
+
 def test_a_module_of_python_may_be_an_attribute() -> None:
     head = Net()
     head.functional = F

@@ -148,6 +148,8 @@ def _not_run(original: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for part in original.modules():
+            if isinstance(part, torch.jit.ScriptModule):  # takes no hook
+                continue
             handle = part.register_forward_pre_hook(refuse, prepend=True)
             stack.callback(handle.remove)
         yield
