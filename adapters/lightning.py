@@ -77,12 +77,14 @@ class ClimbCallback(_Callback):
         super().__init__()
         self._module: nn.Module | None = None
         self._is_waiting = False  # From setup to the start of the training.
+        self._evaluates = False
         self._records: dict[str, _Record] = {}
         self._restored: dict[str, Any] = {}
         self._lengths: dict[str, int] = {}  # that schedules were laid over
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Prepares the losses for a search, or a restored state, before the training."""
+        self._evaluates = stage != "fit"
         if stage == "fit":
             self._module, self._is_waiting = pl_module, True
             self._losses()
@@ -165,7 +167,12 @@ class ClimbCallback(_Callback):
         return {"losses": losses, "lengths": dict(self._lengths)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores a :meth:`state_dict`; for losses that are unknown as yet, in on_train_start."""
+        """Restores a :meth:`state_dict`; for losses that are unknown as yet, in on_train_start.
+
+        A checkpoint that is evaluated may be another model's, and restores nothing.
+        """
+        if self._evaluates:
+            return
         losses, self._lengths = _parts(state_dict)
         self._restored.update(losses)
         self._restore(self._losses())
@@ -212,7 +219,7 @@ class ClimbCallback(_Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Restores the losses."""
         was_waiting, self._is_waiting = self._is_waiting, False
-        self._restored = {}  # an evaluation may have loaded foreign states
+        self._restored, self._evaluates = {}, False
         for record in self._records.values():
             record.loss.climb.observers.remove(record.add)
         self._records = {}

@@ -75,7 +75,9 @@ def _climb_keys(node: Any, section: str = "") -> Iterator[tuple[str, str]]:
     items = node.items() if isinstance(node, Mapping) else ()
     for key, value in enumerate(node) if isinstance(node, list) else items:
         name = str(key).lower()
-        if name.startswith("climb") or get_close_matches(name, DEFAULTS, cutoff=0.85):
+        # Under method_kwargs nothing else begins so; other sections have climbers and climbs.
+        is_ours = name.startswith("climb" if section == "method_kwargs." else "climb_")
+        if is_ours or get_close_matches(name, DEFAULTS, cutoff=0.85):
             yield section, str(key)
         yield from _climb_keys(value, f"{section}{key}.")
 

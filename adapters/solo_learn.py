@@ -41,11 +41,26 @@ class SoloCallback(ResumingCallback):
 
     def __init__(self) -> None:
         super().__init__()
+        self._acts = False  # until a Trainer is set up, of which this is the first such callback
         self._keys: dict[str, Any] = {}
         self._undo = ExitStack()
 
+    @property
+    def state_key(self) -> str:
+        """The place in a checkpoint.
+
+        Lightning extends the list of callbacks that the user gave. So the next Trainer that gets
+        the same list has one of these callbacks more, and demands another key for it.
+        """
+        name = type(self).__qualname__
+        return name if self._acts else f"{name}, idle, {id(self)}"
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Puts the head in, and wraps the functions that the training calls."""
+        self._keys = {}
+        self._acts = next(c for c in trainer.callbacks if isinstance(c, SoloCallback)) is self
+        if not self._acts:
+            return
         self._keys = read_keys(_config_of(pl_module))
         _put_in(pl_module, self._keys, trained=stage == "fit")
         if stage == "fit":
@@ -72,7 +87,8 @@ class SoloCallback(ResumingCallback):
             super().on_train_start(trainer, pl_module)
             schedule, total = pl_module.climb.schedule, trainer.estimated_stepping_batches
             # With a warm-up in steps that is longer than the training, beta would never arrive.
-            if not schedule.needs_length and 0 <= total < math.inf:
+            is_whole = 0 <= total < math.inf and not trainer.fast_dev_run
+            if is_whole and not schedule.needs_length:
                 schedule.over(int(total))
         except ValueError as error:
             raise ValueError(f"climb_warmup={self._keys['climb_warmup']}: {error}") from error
@@ -137,13 +153,17 @@ def _config_of(module: Any) -> Any:
     """The config of a method; other LightningModules may use our names as they like."""
     for config in (getattr(module, "cfg", None), module.hparams):
         if isinstance(config, Mapping) and "method" in config:
-            return config
+            # A method of solo-learn has learnable_params; its config may lack method_kwargs.
+            is_method = hasattr(type(module), "learnable_params")
+            return config if is_method or "method_kwargs" in config else None
     return None
 
 
 def _put_in(module: Any, keys: Mapping[str, Any], *, trained: bool) -> None:
     """Makes ``module.climb``, the loss whose head is in the method's projection head."""
     own = vars(module)  # by setattr the loss would become a submodule
+    if "climb" in own and "climb_keys" in own and not _is_within(own["climb"], module):
+        del own["climb"], own["climb_keys"]  # unwrapped, or of a projector that was replaced
     if own.get("climb_keys", keys) != keys:
         raise ValueError(f"this model was set up with {own['climb_keys']}: build it anew.")
     if not keys or not keys["climb_beta"]:
@@ -156,6 +176,10 @@ def _put_in(module: Any, keys: Mapping[str, Any], *, trained: bool) -> None:
         )
     if "climb_keys" not in own:
         own.update(climb=_make_loss(module, keys), climb_keys=dict(keys))
+
+
+def _is_within(loss: ClimbLoss, module: nn.Module) -> bool:
+    return {*loss.heads} <= {*module.modules()}
 
 
 def _make_loss(module: Any, keys: Mapping[str, Any]) -> ClimbLoss:

@@ -21,13 +21,18 @@ class ResumingCallback(ClimbCallback):
         super().__init__()
         self._host: Mapping[str, Any] | None = None
 
+    @property
+    def _on(self) -> bool:
+        """Whether CLIMB acts in the method."""
+        return False
+
     def resume_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Keeps the host's state of a checkpoint until the training goes on."""
         self._host = checkpoint.get(_KEY)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Adds the state that solo-learn needs and does not save, if CLIMB is on."""
-        if hasattr(pl_module, "climb"):
+        if self._on:
             checkpoint[_KEY] = freeze(pl_module)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType, MethodType, SimpleNamespace
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Set, ValuesView
+from types import FunctionType, GeneratorType, MethodType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,15 @@ _METADATA = "climb"
 _OWN = frozenset({"base", "climb", "climb_priors"})
 # Names of all torch modules (type, half, ...), by which a base may mean something else.
 _OF_TORCH = frozenset(name for name in dir(nn.Module) if not name.startswith("_")) - {"forward"}
+
+_METHODS = (
+    FunctionType,
+    staticmethod,
+    classmethod,
+    functools.partialmethod,
+    functools.singledispatchmethod,
+)
+_LAZY = (GeneratorType, map, filter, zip)
 
 
 class Short:
@@ -158,17 +168,19 @@ class Door(nn.Module):
             raise AttributeError(_past_the_door(name))
         method = inspect.getattr_static(type(self.base), name, None)
         # Bound methods as well: a compiled loss has those of the loss within.
-        if not isinstance(method, (FunctionType, staticmethod, classmethod)) and not isinstance(
-            value, MethodType
-        ):
+        if not isinstance(method, _METHODS) and not isinstance(value, MethodType):
             return value
+
+        def checked(result: Any) -> Any:
+            own = [] if callable(result) else list(getattr(result, "__dict__", {}).values())
+            if _depends([result, own], heads):
+                raise RuntimeError(_past_the_door(name, "(...)"))
+            return result
 
         @functools.wraps(value)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             result = value(*args, **kwargs)
-            if _depends(result, heads):
-                raise RuntimeError(_past_the_door(name, "(...)"))
-            return result
+            return map(checked, result) if isinstance(result, _LAZY) else checked(result)
 
         return guarded
 
@@ -258,6 +270,6 @@ def _tensors(result: Any) -> Iterator[Tensor]:
         result = [getattr(result, field.name, None) for field in result.__attrs_attrs__]
     elif isinstance(result, SimpleNamespace):
         result = list(vars(result).values())
-    if isinstance(result, (list, tuple)):
+    if isinstance(result, (list, tuple, deque, Set, ValuesView)):
         for item in result:
             yield from _tensors(item)

@@ -154,6 +154,12 @@ class TestSigns:
     def test_one_of_several_views_is_not(self) -> None:
         assert Caught().see([HEALTHY, POINT], times=BASE_CALLS).what == []
 
+    def test_calls_that_each_hold_the_views_of_one_image(self) -> None:
+        calls = [Posterior(*(part[[i, i]] for part in HEALTHY)) for i in range(8)]
+        assert Caught().see(calls, times=BASE_CALLS).what == []
+        alike = [Posterior(*(part[:2] for part in POINT)) for _ in range(8)]
+        assert len(Caught().see(alike, times=BASE_CALLS).what) == 1
+
     def test_view_prior(self) -> None:
         seen = Caught().see(POINT, times=BASE_CALLS, view=True)
         assert seen.what == [(BASE_CALLS, "CLIMB: the base")]

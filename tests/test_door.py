@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -260,6 +262,10 @@ class TestAttributes:
         assert not hasattr(base, "note")
 
 
+def collect(result: Any) -> Any:
+    return [*result] if isinstance(result, Iterator) else result
+
+
 class TestMethods:
     @pytest.mark.parametrize("kind", ["dataclass", "dict", "tuple", "tensor"])
     def test_whose_result_depends_on_a_sample_raise(self, kind: str) -> None:
@@ -273,6 +279,24 @@ class TestMethods:
         assert loss.base.parts(sample, kind=kind) is not None
         with pytest.raises(RuntimeError, match="masked of the base loss depends on a sample"):
             loss.masked(sample)
+
+    @pytest.mark.parametrize(
+        "method",
+        [
+            functools.partialmethod(Base.parts, kind="dict"),
+            functools.singledispatchmethod(Base.masked),
+            lambda self, z: (part for part in [1.0, self(z)]),
+            lambda self, z: map(self, [z]),
+        ],
+        ids=["partialmethod", "singledispatchmethod", "generator", "map"],
+    )
+    def test_so_do_other_kinds_of_methods(self, method: Any) -> None:
+        base = type("Other", (Base,), {"other": method})()
+        loss = make(base)
+        sample, rows = loss.heads[0](torch.randn(5, 4)), torch.randn(5, 4)
+        with pytest.raises(RuntimeError, match="other of the base loss depends on a sample"):
+            collect(loss.other(sample))
+        assert str(collect(loss.other(rows))) == str(collect(loss.base.other(rows)))
 
     def test_so_do_those_of_a_compiled_base(self) -> None:
         loss = make(torch.compile(Base(), backend="eager"))
@@ -418,7 +442,18 @@ class Slots:
     value: Tensor
 
 
-@pytest.mark.parametrize("kind", [Slots, lambda value: SimpleNamespace(value=value)])
+class Own:
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.count = value, 3
+
+
+class Group(deque[Tensor]):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__([value])
+        self.value = value
+
+
+@pytest.mark.parametrize("kind", [Slots, lambda value: SimpleNamespace(value=value), Own, Group])
 def test_results_of_other_kinds_are_looked_into(kind: Callable[..., Any]) -> None:
     base = Base()
     type(base).parts = lambda self, z: kind(value=z.sum())

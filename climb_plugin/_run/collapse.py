@@ -62,13 +62,12 @@ class CollapseWatch:
         self._calls += 1
         if self._calls % EVERY or len(self._warned) == 2:
             return
-        # Rows of all leading dimensions count: views may lie beside their image. The variance
-        # over a single row says nothing.
-        posteriors = [[view for view in map(_rows, v) if len(view.mean) > 1] for v in posteriors]
-        if not all(posteriors):
-            return
         with torch.no_grad():
-            seen = _look(base, value, beta, rates, posteriors)
+            rows = [_rows(views) for views in posteriors]
+            # The variance over a single row says nothing.
+            if min(len(head.mean) for head in rows) < 2:
+                return
+            seen = _look(base, value, beta, rates, rows)
             known = self._flags.raised(self._lasting(seen.signs))
         if 0 in known and "posterior" not in self._warned:
             self._warned.add("posterior")
@@ -94,7 +93,7 @@ class CollapseWatch:
 class _Seen(NamedTuple):
     """The result of one check, on the device: numbers of the worst head, and the signs."""
 
-    signal: Tensor  # most nats that the samples of a head carry
+    signal: Tensor  # nats that the samples of a head carry at most
     spread: Tensor  # of the directions of that head's means
     rate: Tensor | None  # nats, summed over heads; None if the prior is no fixed one
     value: Tensor  # of the base loss
@@ -107,10 +106,10 @@ def _look(
     value: Tensor,
     beta: float | Tensor,
     rates: Sequence[Tensor] | None,
-    posteriors: Sequence[Sequence[Posterior]],
+    rows: Sequence[Posterior],
 ) -> _Seen:
-    signal = _most(posteriors, lambda view: torch.log1p(signal_to_noise(*view)).sum() / 2)
-    spread = _most(posteriors, lambda view: normalized_std(view.mean))
+    signal = torch.stack([torch.log1p(signal_to_noise(*head)).sum() / 2 for head in rows])
+    spread = torch.stack([normalized_std(head.mean) for head in rows])
     collapsed, point = signal < SIGNAL_NATS, spread < POINT_STD
     rate = None
     if rates is None:
@@ -118,7 +117,7 @@ def _look(
     else:
         means = [values.mean() for values in rates]
         shares = torch.stack(
-            [mean / v[0].mean.shape[-1] for mean, v in zip(means, posteriors, strict=True)]
+            [mean / head.mean.shape[-1] for mean, head in zip(means, rows, strict=True)]
         )
         collapsed = collapsed & (shares < PRIOR_NATS)
         point = point & (shares > OFF_PRIOR_NATS)
@@ -132,17 +131,10 @@ def _look(
     return _Seen(signal.min(), spread.min(), rate, value, classes, signs)
 
 
-def _rows(view: Posterior) -> Posterior:
-    return Posterior(*(part.flatten(0, -2) for part in view))
-
-
-def _most(
-    posteriors: Sequence[Sequence[Posterior]], measure: Callable[[Posterior], Tensor]
-) -> Tensor:
-    """The largest value over the posteriors, for each head."""
-    return torch.stack(
-        [torch.stack([measure(view) for view in views]).max() for views in posteriors]
-    )
+def _rows(views: Sequence[Posterior]) -> Posterior:
+    """The rows of all calls of a head, (N, D): a call may hold the views of one image alone."""
+    parts = zip(*views, strict=True)
+    return Posterior(*(torch.cat([part.flatten(0, -2) for part in all_]) for all_ in parts))
 
 
 def _classes(base: Callable[..., Tensor]) -> int | None:

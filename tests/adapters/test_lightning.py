@@ -347,6 +347,17 @@ def test_a_checkpoint_that_was_evaluated_is_not_resumed(
     assert betas(model)[0] == pytest.approx(0.01)
 
 
+def test_an_evaluation_of_another_model_restores_nothing(pl: Any, tmp_path: Path) -> None:
+    checkpoint = saved_with(pl, tmp_path, "criterion")
+    model, other = (make(pl, TargetRate(3.0, beta=0.01)) for _ in range(2))
+    other.validation_step = lambda *_: None
+    fit = trainer(pl, tmp_path, callbacks=[ClimbCallback()], max_epochs=1)
+    fit.fit(model, data())
+    before = model.criterion.climb_state()
+    fit.validate(other, data(), ckpt_path=checkpoint, verbose=False)
+    assert model.criterion.climb_state() == before
+
+
 def test_several_losses_have_names_of_their_own(pl: Any, tmp_path: Path) -> None:
     def two(model: Any, beta: float | Schedule) -> None:
         model.criterion = ClimbLoss(base, heads=model.head, beta=beta)

@@ -83,6 +83,11 @@ def test_a_key_in_another_section_is_refused(make: Any, config: Any, place: str)
         read_keys(make(config))
 
 
+def test_words_that_only_begin_alike_are_no_keys() -> None:
+    config = {"data": {"climber_ids": 3, "climbing_path": "x"}, "climb": {"grades": [1]}}
+    assert read_keys(config) == {}
+
+
 @pytest.mark.parametrize(
     ("section", "error", "message"),
     [

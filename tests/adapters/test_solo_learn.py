@@ -29,7 +29,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.utils.data import DataLoader
 
-from climb_plugin import ClimbLoss, GaussianHead
+from climb_plugin import ClimbLoss, GaussianHead, unwrap
 from climb_plugin.adapters import solo_callbacks, solo_learn
 from climb_plugin.adapters.lightning import ClimbCallback
 from climb_plugin.adapters.solo_config import DEFAULTS, register
@@ -212,7 +212,15 @@ class NoMethod(SimCLR):  # type: ignore[misc]
         self.cfg = {"climb_beta": 0.1, "training": {"climb_rate": 5}}
 
 
-@pytest.mark.parametrize("kind", [Plain, NoMethod])
+class NoMethodOfSolo(Plain):
+    """With a name of solo-learn's, and hyperparameters that are like ours."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.save_hyperparameters({"method": "simclr", "climb_beta": 0.1})
+
+
+@pytest.mark.parametrize("kind", [Plain, NoMethod, NoMethodOfSolo])
 def test_what_is_no_method_is_left_alone(kind: Any) -> None:
     model, _, watch = runs.train(kind, simclr(climb_beta=0.1))
     assert len(watch.losses) == 2
@@ -427,6 +435,44 @@ def test_a_second_training_of_the_same_model() -> None:
     del model.cfg.method_kwargs.climb_warmup
     with pytest.raises(ValueError, match="build it anew"):
         runs.train(model, cfg)
+
+
+def unwrapped(model: Any) -> None:
+    unwrap(model.climb)
+
+
+def with_a_new_projector(model: Any) -> None:
+    model.projector = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+@pytest.mark.parametrize("change", [unwrapped, with_a_new_projector])
+def test_a_second_training_puts_a_head_in_that_is_gone(change: Callable[[Any], None]) -> None:
+    cfg = simclr(climb_beta=1.0)
+    model, _, _ = runs.train("simclr", cfg)
+    change(model)
+    assert heads_in(model) == []
+    _, _, second = runs.train(model, cfg)
+    assert len(heads_in(model)) == 1
+    assert second.betas == [1.0, 1.0]
+    assert model.climb.terms.rate > 0
+
+
+def test_before_a_callback_that_copies_the_method() -> None:
+    first, average = solo_learn.SoloCallback(), pl.callbacks.StochasticWeightAveraging(0.05, 1)
+    model, _, watch = runs.train("simclr", simclr(climb_beta=0.1, epochs=3), first, average)
+    assert len(heads_in(average._average_model)) == len(heads_in(model)) == 1
+    assert {*watch.betas} == {0.1}
+    assert average.n_averaged > 0
+
+
+def test_trainers_that_share_a_list_of_callbacks() -> None:
+    kept: list[Any] = []  # as in the user's list, which Lightning extends
+    for section in ({}, {"climb_beta": 0.1}, {}, {"climb_beta": 0.1}):
+        model, trainer, watch = runs.train("simclr", simclr(**section), *kept)
+        kept = [c for c in trainer.callbacks if isinstance(c, solo_learn.SoloCallback)]
+        assert len(heads_in(model)) == len(section)
+        assert watch.betas == [0.1, 0.1] * len(section)
+    assert len(kept) == 4
 
 
 def test_a_second_training_adapts_beta_anew() -> None:
