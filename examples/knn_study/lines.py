@@ -49,7 +49,9 @@ def code() -> str:
     here, plugin = Path(__file__).parent, Path(climb_plugin.__file__).parent
     paths = [here / f"{name}.py" for name in _OF_THE_NUMBERS]
     digest = hashlib.sha256()
-    for path in [*paths, *sorted(plugin.rglob("*.py"))]:
+    walk = os.walk(plugin, followlinks=True)  # rglob would leave linked folders out
+    found = sorted(Path(folder, name) for folder, _, names in walk for name in names)
+    for path in [*paths, *(path for path in found if path.suffix == ".py")]:
         folder = here if here in path.parents else plugin
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]

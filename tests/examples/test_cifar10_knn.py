@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -549,6 +549,28 @@ def code() -> str:
     from knn_study import lines
 
     return lines.code()
+
+
+def test_the_fingerprint_of_the_code_follows_linked_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from knn_study import lines
+
+    real, linked = tmp_path / "real", tmp_path / "linked"
+    for folder in (real / "inner", linked):
+        folder.mkdir(parents=True)
+    for path in (real / "__init__.py", real / "inner" / "some.py"):
+        path.write_text("x = 1")
+    for name in ("__init__.py", "inner"):
+        (linked / name).symlink_to(real / name)
+    seen = []
+    for change in ("x = 1", "x = 2"):
+        (real / "inner" / "some.py").write_text(change)
+        for folder in (real, linked):
+            package = SimpleNamespace(__file__=str(folder / "__init__.py"))
+            monkeypatch.setattr(lines, "climb_plugin", package)
+            seen.append(lines.code.__wrapped__())
+    assert seen[0] == seen[1] != seen[2] == seen[3]
 
 
 STOPPED = {"method": "moco", "regulariser": "climb", "beta": 1e-2, "epochs": 3}
